@@ -1,0 +1,1 @@
+"""The composition root: command line, driver, and every use of Ray."""

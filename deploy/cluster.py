@@ -1,0 +1,65 @@
+"""A Ray cluster of the run's own on this machine, and everything that it started ended again."""
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+RUN_VARIABLE = "STEPPE_RUN_FOLDER"  # inherited by every process of a run's cluster, by which `down` finds them
+OBJECT_STORE_BYTES = 256 * 2**20
+END_TIMEOUT_S = 5.0
+LONGEST_TEMPORARY_FOLDER = 40  # Ray puts sockets below it, whose paths are limited to 107 characters
+
+
+@contextlib.contextmanager
+def local_cluster(run_folder: Path, run_id: str) -> Iterator[Path]:
+    """Start a local Ray cluster for a run; yields its temporary folder. Ends all of its processes on the way out."""
+    import ray
+
+    place = tempfile.gettempdir()
+    folder = Path(tempfile.mkdtemp(prefix="steppe-", dir=place if len(place) < LONGEST_TEMPORARY_FOLDER else "/tmp"))  # noqa: S108
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ[RUN_VARIABLE] = str(run_folder)
+    try:
+        # Workers look for packages in the folder that ray.init is called in, before the installed ones.
+        with contextlib.chdir(folder):
+            ray.init(
+                address="local",
+                namespace=run_id,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(folder),
+            )
+        yield folder
+    finally:
+        ray.shutdown()
+        del os.environ[RUN_VARIABLE]
+        end_processes(run_folder)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def end_processes(run_folder: Path) -> int:
+    """End what is left of a run's cluster: processes that carry its folder in their environment. Returns how many."""
+    left = [process for process in psutil.process_iter() if _belongs_to(process, run_folder)]
+    _, stubborn = psutil.wait_procs(left, timeout=END_TIMEOUT_S) if left else ([], [])
+    for process in stubborn:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(stubborn, timeout=END_TIMEOUT_S)
+    return len(left)
+
+
+def _belongs_to(process: psutil.Process, run_folder: Path) -> bool:
+    if process.pid == os.getpid():
+        return False
+    try:
+        return process.environ().get(RUN_VARIABLE) == str(run_folder)
+    except psutil.Error:
+        return False

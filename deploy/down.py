@@ -1,0 +1,37 @@
+"""Stopping a run from outside."""
+
+import contextlib
+
+import psutil
+
+from deploy.cluster import end_processes
+from shared.catalogue import Run
+from shared.errors import ServiceError
+
+STOP_TIMEOUT_S = 60.0
+
+
+def stop_run(run: Run) -> str:
+    """Ask the driver to stop and wait for it; then end what is left of the run's cluster. Returns what was done."""
+    runtime = run.read("runtime.json") or {}
+    stopped = _stop_driver(runtime) if runtime else False
+    left = end_processes(run.path)
+    run.remove("runtime.json")
+    if stopped:
+        return f"stopped {run.path}"
+    return f"ended {left} processes that {run.path} had left" if left else f"{run.path} was not up"
+
+
+def _stop_driver(runtime: dict[str, object]) -> bool:
+    """False when the driver is gone already. A pid that another process has by now is left alone."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        driver = psutil.Process(int(str(runtime["pid"])))
+        if driver.create_time() != runtime["pid_started"]:
+            return False
+        driver.terminate()
+        try:
+            driver.wait(STOP_TIMEOUT_S)
+        except psutil.TimeoutExpired as error:
+            raise ServiceError(f"the driver (pid {driver.pid}) did not stop within {STOP_TIMEOUT_S:.0f} s") from error
+        return True
+    return False

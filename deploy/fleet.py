@@ -1,0 +1,147 @@
+"""The driver's fleet loop: carries out the controller's decisions on scorer actors, which the driver owns."""
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+
+from deploy.actors import Handle, RemoteFleet, ask
+from services.controller import Decision, Drain, Start
+from shared.errors import ServiceError
+
+logger = logging.getLogger(__name__)
+
+TICK_S = 0.25
+STATUS_INTERVAL_S = 1.0
+DRAIN_TIMEOUT_S = 5.0
+LONGEST_BACKOFF_S = 30.0
+
+
+@dataclasses.dataclass
+class _Scorer:
+    handle: Handle
+    ready: "ray.ObjectRef[int]"
+    done: "ray.ObjectRef[int]"
+    drained_by: float | None = None  # monotonic deadline once it is told to go
+
+
+class Fleet:
+    """Starts, replaces and drains scorers in a thread; a controller that does not answer is asked again.
+
+    `first_scorer` is set once a scorer waits for weights; `status` is the controller's last answer, `problems` what
+    went wrong, for people.
+    """
+
+    def __init__(self, controller: Handle, start: Callable[[str], Handle]) -> None:
+        self._controller = controller
+        self._start = start
+        self._scorers: dict[str, _Scorer] = {}
+        self._started = 0
+        self._failures = 0  # in a row
+        self._not_before = 0.0
+        self._status_due = 0.0
+        self.first_scorer = threading.Event()
+        self.status: dict[str, Any] = {}
+        self.problems: list[str] = []
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._loop, name="fleet", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Drain all scorers, then end those that do not go within the drain timeout. Twice is fine."""
+        self._stop.set()
+        self._thread.join()
+        self._drain(tuple(self._scorers))
+        while self._scorers:
+            self._reap()
+
+    def _loop(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self._tick()
+            except Exception as error:
+                logger.exception("the fleet loop failed and goes on")
+                self.problems.append(f"the fleet loop failed and goes on: {error}")
+                self._stop.wait(STATUS_INTERVAL_S)
+
+    def _tick(self) -> None:
+        self._reap()
+        self._carry_out()
+        if time.monotonic() >= self._status_due:
+            self._status_due = time.monotonic() + STATUS_INTERVAL_S
+            self._update_status()
+        if not self._scorers:
+            self._stop.wait(TICK_S)
+
+    def _reap(self) -> None:
+        """Wait up to a tick for a scorer to become ready or to end, and see which did."""
+        waiting = [scorer.done for scorer in self._scorers.values()]
+        if not self.first_scorer.is_set():
+            waiting += [scorer.ready for scorer in self._scorers.values()]
+        if waiting:
+            ray.wait(waiting, num_returns=1, timeout=TICK_S)
+        for scorer_id, scorer in list(self._scorers.items()):
+            if _is_done(scorer.ready) and not _is_done(scorer.done):
+                self.first_scorer.set()
+                self._failures = 0
+            overdue = scorer.drained_by is not None and time.monotonic() > scorer.drained_by
+            if _is_done(scorer.done) or overdue:
+                self._remove(scorer_id, scorer)
+
+    def _remove(self, scorer_id: str, scorer: _Scorer) -> None:
+        del self._scorers[scorer_id]
+        ray.kill(scorer.handle)
+        if scorer.drained_by is not None:
+            return
+        self._failures += 1
+        self._not_before = time.monotonic() + min(0.5 * 2 ** (self._failures - 1), LONGEST_BACKOFF_S)
+        try:
+            ray.get(scorer.done, timeout=0)
+            reason = "it ended by itself"
+        except Exception as error:  # whatever ended it is reported, and a new one started
+            reason = str(error).strip().splitlines()[-1]
+        self.problems.append(f"{scorer_id} ended and is replaced: {reason}")
+        logger.warning("%s", self.problems[-1])
+
+    def _carry_out(self) -> None:
+        alive = tuple(i for i, scorer in self._scorers.items() if scorer.drained_by is None)
+        try:
+            decisions: list[Decision] = ask(self._controller.decide.remote(alive))
+        except ServiceError as error:
+            logger.debug("no decisions now: %s", error)
+            return
+        for decision in decisions:
+            match decision:
+                case Start(count) if time.monotonic() >= self._not_before:
+                    for _ in range(count):
+                        self._launch()
+                case Drain(scorer_ids):
+                    self._drain(scorer_ids)
+
+    def _launch(self) -> None:
+        self._started += 1
+        scorer_id = f"scorer-{self._started}"
+        handle = self._start(scorer_id)
+        self._scorers[scorer_id] = _Scorer(handle, handle.ready.remote(), handle.run.remote())
+
+    def _drain(self, scorer_ids: tuple[str, ...]) -> None:
+        for scorer_id in scorer_ids:
+            scorer = self._scorers[scorer_id]
+            if scorer.drained_by is None:
+                scorer.drained_by = time.monotonic() + DRAIN_TIMEOUT_S
+                scorer.handle.drain.remote()
+
+    def _update_status(self) -> None:
+        try:
+            self.status = RemoteFleet(self._controller).status()
+        except ServiceError as error:
+            logger.debug("no status now: %s", error)
+            self.status = {}
+
+
+def _is_done(ref: "ray.ObjectRef[Any]") -> bool:
+    return bool(ray.wait([ref], timeout=0)[0])

@@ -1,0 +1,100 @@
+"""What a person sees of a run: a live line on a terminal, else one line per interval; at the end a summary."""
+
+import math
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+LIVE_INTERVAL_S = 0.25
+
+
+class Display:
+    """Shows `describe()` at intervals from a thread of its own; None from it shows nothing yet.
+
+    `describe` returns step, steps, loss, accuracy, fresh (share), median_age (versions), samples_per_second; values
+    that are not known are None.
+    """
+
+    def __init__(self, describe: Callable[[], Mapping[str, Any] | None], interval_s: float) -> None:
+        self._describe = describe
+        # Progress goes to stderr, so that stdout carries results alone.
+        self._console = Console(stderr=True)
+        self._live = self._console.is_terminal
+        self._interval_s = LIVE_INTERVAL_S if self._live else interval_s
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._show, name="display", daemon=True)
+
+    def say(self, text: str) -> None:
+        """One line, above the live one."""
+        self._console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def __enter__(self) -> "Display":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _show(self) -> None:
+        if self._live:
+            self._show_live()
+        else:
+            while not self._stop.wait(self._interval_s):
+                if state := self._describe():
+                    self.say(f"step {state['step']}/{state['steps']}  {_facts(state)}")
+
+    def _show_live(self) -> None:
+        columns = (
+            BarColumn(20),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[facts]}"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self._console, transient=True) as progress:
+            task = progress.add_task("training", total=None, facts="", visible=False)
+            while not self._stop.wait(self._interval_s):
+                if state := self._describe():
+                    total, step = state["steps"], state["step"]
+                    progress.update(task, total=total, completed=step, facts=_facts(state), visible=True)
+
+
+def _facts(state: Mapping[str, Any]) -> str:
+    return (
+        f"loss {_number(state['loss'], '.3f')}  accuracy {_number(state['accuracy'], '.3f')}  "
+        f"fresh {_number(state['fresh'], '.0%')}  median age {_number(state['median_age'], '.0f')} versions  "
+        f"scored {_number(state['samples_per_second'], ',.0f')}/s"
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None or math.isnan(value) else format(value, form)
+
+
+def print_summary(summary: Mapping[str, Any], folder: str) -> None:
+    """The summary as people read it, on stdout."""
+    shares = " / ".join(f"{summary[f'draws_{kind}']:.1%}" for kind in ("fresh", "stale", "unscored"))
+    overhead = summary["trainer_seconds_in_publish"] + summary["trainer_seconds_in_sampler"]
+    share = overhead / summary["trainer_seconds_total"] if summary["trainer_seconds_total"] else 0.0
+    rows = {
+        "test accuracy": f"{summary['test_accuracy']:.4f}",
+        "steps": f"{summary['steps']} in {summary['trainer_seconds_total']:.1f} s (run {summary['seconds']:.1f} s)",
+        "checkpoints": f"{summary['model_versions_published']} published, {summary['model_versions_scored']} scored",
+        "scores": f"{summary['scored_rows']} rows, coverage {summary['coverage']:.1%}, "
+        f"{_number(summary['scorer_samples_per_second'], ',.0f')} samples/s",
+        "draws fresh / stale / unscored": f"{shares} (stale beyond {summary['staleness_bound']} versions)",
+        "age of drawn scores": f"median {_number(summary['age_versions_p50'], '.0f')}, "
+        f"95 % {_number(summary['age_versions_p95'], '.0f')} versions",
+        "trainer time in steppe": f"{overhead:.3f} s ({share:.2%})",
+        "quarantined rows": str(summary["quarantined_rows"]),
+        "run folder": folder,
+    }
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for name, value in rows.items():
+        table.add_row(name, value, style="bold" if name == "test accuracy" else None)
+    Console(file=sys.stdout, soft_wrap=True).print(table)

@@ -1,0 +1,1 @@
+"""The scoring side: attacks, the adversarial difficulty measure, the worker loop."""

@@ -1,0 +1,150 @@
+"""The Adversarial Difficulty Measure of one batch, computed in the margin domain.
+
+ADM is the normalised gap between the loss of a sample and of its adversarial version (Aizawa and Hayashi, BMVC 2025,
+arXiv 2508.18726; formula and attack are our reading). With the losses l and l' all natural normalisations are
+monotone in ln(l'/l). In float32 cross-entropy itself is 0 from a margin of about 17, where ADM is needed most; so everything here
+follows from the margin
+
+    m = logsumexp_{j != y}(z_j) - z_y        l = softplus(m) = ln(1 + e^m)
+
+Shapes: B samples, K classes, C, H, W of an image.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scorer.attacks import Attack
+from shared.errors import DataError
+
+
+def score_batch(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, attack: Attack) -> dict[str, Tensor]:
+    """Score one batch: forward, backward to the input, forward (FGSM).
+
+    Runs in eval mode and leaves the model (parameters, buffers, gradients, modes) and the global RNG as they were.
+
+    Args:
+        model: takes (B, ...) inputs, returns logits (B, K).
+        x_BCHW: inputs inside `attack.clamp`, on the model's device.
+        y_B: integer labels in 0..K-1.
+        attack: `scorer.attacks.Fgsm` or `Pgd`.
+
+    Returns: 1-D CPU tensors of length B, named and typed as in `shared.schema.SCORE_SCHEMA`: margin,
+        adversarial_margin, log_ratio, grad_norm, el2n (float32), predicted (int32), correct, robust (bool).
+
+    Raises: DataError (a ValueError) for labels out of range, inputs outside the clamp range or not finite, or lengths
+        that differ.
+    """
+    _check_inputs(x_BCHW, y_B, attack)
+    with _undisturbed(model, x_BCHW.device), torch.inference_mode(False), torch.enable_grad():
+        x_BCHW = x_BCHW.clone() if x_BCHW.is_inference() else x_BCHW.detach()
+        y_B = y_B.to(device=x_BCHW.device, dtype=torch.int64, copy=y_B.is_inference())
+
+        def gradient(at_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+            leaf_BCHW = at_BCHW.detach().requires_grad_()
+            logits_BK = _logits(model, leaf_BCHW, y_B)
+            (grad_BCHW,) = torch.autograd.grad(margin(logits_BK, y_B).sum(), leaf_BCHW)
+            return logits_BK.detach(), grad_BCHW
+
+        logits_BK, grad_BCHW = gradient(x_BCHW)
+        with torch.no_grad():
+            adversarial_BCHW = attack(x_BCHW, grad_BCHW, lambda at: _with_grad(gradient, at))
+            same_B = (adversarial_BCHW == x_BCHW).flatten(1).all(1)
+            adversarial_BK = logits_BK if bool(same_B.all()) else _logits(model, adversarial_BCHW, y_B)
+            # An input that did not move has a ratio of exactly 1, whatever kernels the second forward used.
+            adversarial_BK = torch.where(same_B[:, None], logits_BK, adversarial_BK)
+            return _rows(logits_BK, adversarial_BK, grad_BCHW, y_B)
+
+
+def margin(logits_BK: Tensor, y_B: Tensor) -> Tensor:
+    """m = logsumexp_{j != y}(z_j) - z_y, shape (B,): negative when confident and right."""
+    label_B1 = y_B[:, None]
+    others_BK = logits_BK.scatter(1, label_B1, float("-inf"))
+    return others_BK.logsumexp(1) - logits_BK.gather(1, label_B1).squeeze(1)
+
+
+def log_softplus(m_B: Tensor) -> Tensor:
+    """ln softplus(m), the log of the cross-entropy at margin m, accurate where the cross-entropy underflows.
+
+    Below m = -10: softplus(m) = e^m (1 - e^m/2 + e^2m/3 - ...), whose log is m - e^m/2 + 5 e^2m/24 - ...
+    """
+    e_B = m_B.clamp_max(-10.0).exp()
+    return torch.where(m_B < -10.0, m_B - e_B / 2 + 5 * e_B**2 / 24, nn.functional.softplus(m_B.clamp_min(-10.0)).log())
+
+
+def _rows(logits_BK: Tensor, adversarial_BK: Tensor, grad_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
+    m_B, adversarial_m_B = margin(logits_BK, y_B), margin(adversarial_BK, y_B)
+    # d softplus(m) / d m = sigmoid(m) = 1 - softmax(z)_y; the other classes share that mass in proportion q.
+    wrong_B = m_B.sigmoid()
+    q_BK = logits_BK.scatter(1, y_B[:, None], float("-inf")).softmax(1)
+    predicted_B = logits_BK.argmax(1)
+    columns = {
+        "margin": m_B.float(),
+        "adversarial_margin": adversarial_m_B.float(),
+        "log_ratio": (log_softplus(adversarial_m_B) - log_softplus(m_B)).float(),
+        "grad_norm": (wrong_B * torch.linalg.vector_norm(grad_BCHW.flatten(1), dim=1, dtype=torch.float64)).float(),
+        "el2n": (wrong_B * (1 + q_BK.square().sum(1)).sqrt()).float(),
+        "predicted": predicted_B.int(),
+        "correct": predicted_B == y_B,
+        "robust": adversarial_BK.argmax(1) == y_B,
+    }
+    return {name: column.cpu() for name, column in columns.items()}
+
+
+def _logits(model: nn.Module, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
+    """Logits (B, K) in float64: differences of margins are small against the margins themselves."""
+    logits_BK: Tensor = model(x_BCHW)
+    if logits_BK.dim() != 2 or len(logits_BK) != len(y_B) or logits_BK.shape[1] < 2:
+        raise DataError(f"the model gives logits of shape {tuple(logits_BK.shape)}; needed is ({len(y_B)}, K), K >= 2")
+    if len(y_B) and int(y_B.max()) >= logits_BK.shape[1]:
+        raise DataError(f"label {int(y_B.max())} is outside 0..{logits_BK.shape[1] - 1}, the model's classes")
+    return logits_BK.double()
+
+
+def _with_grad(gradient: Any, at_BCHW: Tensor) -> Tensor:
+    with torch.enable_grad():
+        grad_BCHW: Tensor = gradient(at_BCHW)[1]
+        return grad_BCHW
+
+
+def _check_inputs(x_BCHW: Tensor, y_B: Tensor, attack: Attack) -> None:
+    if y_B.dim() != 1 or x_BCHW.dim() < 2 or len(x_BCHW) != len(y_B):
+        raise DataError(f"inputs of shape {tuple(x_BCHW.shape)} and labels of shape {tuple(y_B.shape)} do not match")
+    if not x_BCHW.is_floating_point():
+        raise DataError(f"inputs are {x_BCHW.dtype}; the attack needs floats, for pixels in [0, 1]")
+    if y_B.is_floating_point() or y_B.dtype == torch.bool:
+        raise DataError(f"labels are {y_B.dtype}; they must be integers")
+    if not len(y_B):
+        return
+    if int(y_B.min()) < 0:
+        raise DataError(f"label {int(y_B.min())} is below 0")
+    low, high = attack.clamp or (-torch.inf, torch.inf)
+    least, most = (float(v) for v in torch.aminmax(x_BCHW.detach()))
+    if not (low <= least and most <= high):
+        raise DataError(f"inputs lie in [{least}, {most}], outside the clamp range [{low}, {high}]")
+
+
+@contextlib.contextmanager
+def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Eval mode inside; afterwards module modes, buffers and the random number generators are as they were."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
+    rng = torch.get_rng_state()
+    device_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    for module, _ in modes:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        with torch.no_grad():
+            for buffer, version, before in buffers:
+                if buffer._version != version:
+                    buffer.copy_(before)
+        torch.set_rng_state(rng)
+        if device_rng is not None:
+            torch.cuda.set_rng_state(device_rng, device)

@@ -1,0 +1,40 @@
+"""Settings of the scorers."""
+
+import hashlib
+import json
+from typing import Literal
+
+from pydantic import Field
+
+from shared.config import Config
+
+
+class AttackConfig(Config):
+    """The attack, in pixel units. `steps` and `step_size` are PGD's; step_size defaults to 2.5 epsilon / steps."""
+
+    name: Literal["fgsm", "pgd"] = "fgsm"
+    epsilon: float = Field(default=8 / 255, ge=0, allow_inf_nan=False)
+    norm: Literal["linf", "l2"] = "linf"
+    steps: int = Field(default=7, ge=1)
+    step_size: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+
+
+class ScoringConfig(Config):
+    """How many scorers run, what each may use, and how it scores.
+
+    A scorer without a GPU runs at nice 19 and asks Ray for `cpus`, a fraction of a CPU.
+    """
+
+    replicas: int = Field(default=1, ge=0)
+    cpus: float = Field(default=0.25, ge=0)
+    gpus: float = Field(default=0, ge=0)
+    threads: int = Field(default=1, ge=1)
+    batch_size: int = Field(default=256, ge=1)
+    poll_interval_s: float = Field(default=0.05, gt=0)
+    attack: AttackConfig = AttackConfig()
+
+    @property
+    def scoring_id(self) -> str:
+        """Hash of what makes rows comparable: attack, precision, kind of weights."""
+        what = {"attack": self.attack.model_dump(), "precision": "float32", "weights": "raw", "rows": 1}
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Processes beside the training: the controller and the REST service."""

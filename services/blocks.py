@@ -1,0 +1,110 @@
+"""Blocks and their leases: which part of the data is scored next, and by whom. No clock, no threads, no I/O."""
+
+import dataclasses
+import itertools
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.errors import ConfigError
+from shared.leases import Lease
+
+
+@dataclasses.dataclass
+class _Held:
+    lease: Lease
+    scorer_id: str
+    deadline: float  # of the caller's clock; infinite once the rows are in and only wait for their commit
+
+
+class BlockTable:
+    """Blocks of a fixed random permutation of the sample ids, each with the model_version of its last committed scores.
+
+    Data sets are often sorted by class; a block of the permutation is a random sample of all classes, so that
+    percentiles within one model_version mean something.
+
+    Args:
+        num_samples: N.
+        block_size: samples per block; the last may be smaller.
+        seed: of the permutation.
+    """
+
+    def __init__(self, num_samples: int, block_size: int, seed: int = 0) -> None:
+        if num_samples < 1 or block_size < 1:
+            raise ConfigError(f"num_samples is {num_samples}, block_size {block_size}; both must be at least 1")
+        self._order = np.random.default_rng(seed).permutation(num_samples)
+        self._block_size = block_size
+        self._version_of = np.zeros(math.ceil(num_samples / block_size), dtype=np.int64)
+        self._held: dict[int, _Held] = {}
+        self._busy: set[int] = set()
+        self._lease_ids = itertools.count(1)
+        self.expired = 0
+
+    def __len__(self) -> int:
+        return len(self._version_of)
+
+    @property
+    def oldest_version(self) -> int:
+        """The lowest model_version among the blocks; 0 while one is unscored."""
+        return int(self._version_of.min())
+
+    @property
+    def leased(self) -> int:
+        return len(self._held)
+
+    def ids(self, block: int) -> npt.NDArray[np.int64]:
+        start = block * self._block_size
+        return self._order[start : start + self._block_size]
+
+    def restore(self, model_version_N: npt.NDArray[np.int64]) -> None:
+        """Take over what a store holds: a block is as old as its oldest sample (unscored, -1, counts as 0)."""
+        for block in range(len(self)):
+            self._version_of[block] = max(int(model_version_N[self.ids(block)].min()), 0)
+
+    def lease(self, scorer_id: str, model_version: int, now: float, timeout_s: float) -> Lease | None:
+        """The free block scored longest ago, if that was before `model_version`; ties in order of block."""
+        self._expire(now)
+        if len(self._busy) == len(self):
+            return None
+        versions = self._version_of.copy()
+        versions[list(self._busy)] = np.iinfo(np.int64).max
+        block = int(versions.argmin())
+        if versions[block] >= model_version:
+            return None
+        lease = Lease(next(self._lease_ids), block, self.ids(block))
+        self._held[lease.lease_id] = _Held(lease, scorer_id, now + timeout_s)
+        self._busy.add(block)
+        return lease
+
+    def submitted(self, lease_id: int) -> None:
+        """The rows are in: no deadline any more. A lease that had expired is nobody's concern."""
+        if held := self._held.get(lease_id):
+            held.deadline = math.inf
+
+    def committed(self, block_versions: dict[int, int], lease_ids: list[int]) -> None:
+        """Rows became durable: blocks are as new as their rows, the leases are done."""
+        for block, version in block_versions.items():
+            self._version_of[block] = max(self._version_of[block], version)
+        for lease_id in lease_ids:
+            self._drop(lease_id)
+
+    def release(self, scorer_id: str) -> int:
+        """Hand back a scorer's leases whose rows are not in; returns how many."""
+        ids = [i for i, held in self._held.items() if held.scorer_id == scorer_id and held.deadline < math.inf]
+        for lease_id in ids:
+            self._drop(lease_id)
+        return len(ids)
+
+    def block_of(self, lease_id: int) -> int | None:
+        held = self._held.get(lease_id)
+        return held.lease.block if held else None
+
+    def _expire(self, now: float) -> None:
+        for lease_id in [i for i, held in self._held.items() if held.deadline < now]:
+            self._drop(lease_id)
+            self.expired += 1
+
+    def _drop(self, lease_id: int) -> None:
+        if held := self._held.pop(lease_id, None):
+            self._busy.discard(held.lease.block)

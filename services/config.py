@@ -1,0 +1,22 @@
+"""Settings of the controller and the REST service."""
+
+from pydantic import Field
+
+from shared.config import Config
+
+
+class ControllerConfig(Config):
+    """Blocks, leases, commits. `store_versions` is how many store versions stay readable."""
+
+    block_size: int = Field(default=256, ge=1)
+    lease_timeout_s: float = Field(default=60.0, gt=0)
+    commit_interval_s: float = Field(default=0.2, gt=0)
+    store_versions: int = Field(default=256, ge=1)
+    permutation_seed: int = 0
+
+
+class RestConfig(Config):
+    """Where the REST service listens; port 0 picks a free one."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=7471, ge=0, le=65535)

@@ -1,0 +1,153 @@
+"""Questions about difficulty, answered from a run's files alone. REST handlers, the CLI and notebooks share them."""
+
+import dataclasses
+import time
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.catalogue import Run
+from shared.checkpoints import newest, stable
+from shared.errors import StoreError
+from shared.freshness import age_versions, staleness_bound, statuses
+from shared.measures import MEASURES, find_measure, percentiles
+from shared.score_store import ScoreReader
+
+AGE_QUANTILES = (0.5, 0.95)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Percentiles:
+    """Percentiles of one measure at one store version."""
+
+    version: int
+    value_N: npt.NDArray[np.float64]
+
+
+class Difficulty:
+    """One run's scores with what is needed to judge them. Every answer belongs to one store version.
+
+    Answers name the measure and which way it points; an unscored sample has nulls and the status `unscored`, never 0.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self._reader: ScoreReader | None = None
+        self._percentiles: dict[str, _Percentiles] = {}
+
+    def refresh(self) -> ScoreReader:
+        """The reader, at the newest version. Raises StoreError while no score store is there."""
+        if self._reader is None:
+            self._reader = ScoreReader(self.run.scores_uri)
+        else:
+            self._reader.refresh()
+        return self._reader
+
+    def scores(self, ids: npt.ArrayLike, measure: str = "adm") -> dict[str, Any]:
+        """Columns for `ids`, in the order asked. Raises DataError for an unknown id, ConfigError for a measure."""
+        rule = find_measure(measure)
+        reader = self.refresh()
+        rows = reader.lookup(ids)
+        checkpoint = newest(self.run.path)
+        newest_version = checkpoint.model_version if checkpoint else 0
+        version_B = rows.column("model_version").fill_null(-1).to_numpy()
+        age_B = age_versions(version_B, newest_version)
+        scored_B = version_B >= 0
+        value_B = rule.show({name: rows.column(name).to_numpy() for name in rule.columns})
+        percentile_B = self._percentiles_of(reader, measure)[rows.column("sample_id").to_numpy()]
+        step_B = rows.column("step").fill_null(-1).to_numpy()
+        return {
+            "measure": measure,
+            "meaning": f"higher is more difficult: {rule.meaning}",
+            "store_version": reader.version,
+            "newest_model_version": newest_version,
+            "staleness_bound": staleness_bound(reader.metadata),
+            "sample_id": rows.column("sample_id").to_pylist(),
+            "value": _nullable(value_B, scored_B),
+            "percentile": _nullable(percentile_B, scored_B),
+            "status": statuses(age_B, staleness_bound(reader.metadata)).tolist(),
+            "age_versions": _nullable(age_B, scored_B),
+            "age_steps": _nullable(np.maximum((checkpoint.step if checkpoint else 0) - step_B, 0), scored_B),
+            "model_version": _nullable(version_B, scored_B),
+            "step": _nullable(step_B, scored_B),
+        }
+
+    def sample(self, sample_id: int) -> dict[str, Any]:
+        """Everything known of one sample: each measure, status, ages. Raises DataError for an unknown id."""
+        columns = self.scores([sample_id])
+        row = self.refresh().lookup([sample_id])
+        scored = columns["status"][0] != "unscored"
+        measures = {
+            name: rule.show({column: row.column(column).to_numpy() for column in rule.columns}).item()
+            for name, rule in MEASURES.items()
+            if scored
+        }
+        about = self.run.samples().slice(sample_id, 1).to_pylist()[0]
+        facts = {key: value[0] for key, value in columns.items() if isinstance(value, list)}
+        shared = {key: value for key, value in columns.items() if not isinstance(value, list)}
+        outcome = {key: row.column(key)[0].as_py() for key in ("predicted", "correct", "robust")}
+        answer: dict[str, Any] = shared | about | facts | {"measures": measures or None} | outcome
+        return answer
+
+    def stats(self) -> dict[str, Any]:
+        """Coverage, ages and counts of the whole run."""
+        reader = self.refresh()
+        checkpoint = newest(self.run.path)
+        newest_version = checkpoint.model_version if checkpoint else 0
+        bound = staleness_bound(reader.metadata)
+        version_N = reader.dense("model_version")
+        age_N = age_versions(version_N, newest_version)
+        scored = age_N[age_N >= 0]
+        status, count = np.unique(statuses(age_N, bound), return_counts=True)
+        ages = np.quantile(scored, AGE_QUANTILES).tolist() if len(scored) else [None] * len(AGE_QUANTILES)
+        return {
+            "run_id": self.run.description["run_id"],
+            "num_samples": reader.num_samples,
+            "coverage": len(scored) / reader.num_samples,
+            "status": dict.fromkeys(("fresh", "stale", "unscored"), 0) | dict(zip(status, count.tolist(), strict=True)),
+            "age_versions_p50": ages[0],
+            "age_versions_p95": ages[1],
+            "staleness_bound": bound,
+            "store_version": reader.version,
+            "committed_at": reader.committed_at.isoformat() if reader.committed_at else None,
+            "scored_rows": reader.rows,
+            "newest_model_version": newest_version,
+            "newest_step": checkpoint.step if checkpoint else 0,
+            "model_versions_scored": int(reader.metadata.get("model_versions_scored", 0)),
+        }
+
+    def checkpoints(self) -> list[dict[str, Any]]:
+        """Stable checkpoints, newest first."""
+        now = time.time()
+        return [
+            {
+                "model_version": c.model_version,
+                "step": c.step,
+                "bytes": c.bytes,
+                "sha256": c.sha256,
+                "age_s": round(max(now - c.published_at, 0.0), 3),
+            }
+            for c in stable(self.run.path)
+        ]
+
+    def ready(self) -> str | None:
+        """None when difficulty can be asked for, else what is missing."""
+        try:
+            reader = self.refresh()
+        except StoreError as error:
+            return str(error)
+        return None if reader.version else "no scores are committed yet"
+
+    def _percentiles_of(self, reader: ScoreReader, measure: str) -> npt.NDArray[np.float64]:
+        known = self._percentiles.get(measure)
+        if known is None or known.version != reader.version:
+            rule = find_measure(measure)
+            value_N = rule.rank({name: reader.dense(name) for name in rule.columns})
+            known = _Percentiles(reader.version, percentiles(value_N, reader.dense("model_version")))
+            self._percentiles[measure] = known
+        return known.value_N
+
+
+def _nullable(values: npt.NDArray[Any], valid: npt.NDArray[np.bool_]) -> list[Any]:
+    return [value if ok else None for value, ok in zip(values.tolist(), valid.tolist(), strict=True)]

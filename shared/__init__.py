@@ -1,0 +1,1 @@
+"""What crosses between processes: schema, stores, catalogue, data sets, models, configuration, errors."""

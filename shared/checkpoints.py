@@ -1,0 +1,236 @@
+"""The checkpoint feed: weights that the trainer publishes and every scorer follows.
+
+    <run>/checkpoints/v00000007/weights.safetensors   parameters and buffers, contiguous, on the host
+                                meta.json             step, checksum, time, which tensors are tied
+                                STABLE                last; readers wait for it and trust nothing without it
+
+A version is reserved by creating its folder, which only one process can do, so that versions rise over restarts too.
+Torch is imported by the functions that handle weights, so that a service can list checkpoints without it.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import json
+import logging
+import os
+import queue
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shared.errors import CheckpointCorrupt, CheckpointError, PerturbedWeights
+from shared.storage import Folder, local_path
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+Uri = str | os.PathLike[str]
+
+PERTURBED_FLAG = "_steppe_perturbed"  # set on each parameter by SAM's first step, removed by its second
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A stable checkpoint: `step` optimizer steps made these weights; `seconds` since the epoch when published."""
+
+    path: Path
+    model_version: int
+    step: int
+    published_at: float
+    sha256: str
+    bytes: int
+    tied: dict[str, str]
+
+
+class CheckpointPublisher:
+    """Publishes weights from a background thread; the caller is held up only for the copy to host memory.
+
+    At most `max_pending` copies wait to be written; of more the oldest is skipped (its version stays unused) and
+    counted in `skipped`, since scorers only want the newest.
+
+    Args:
+        uri: the run folder.
+        keep_last: stable versions to keep; older ones are removed.
+
+    Raises: CheckpointError from `publish`, `flush` or `close` when writing failed.
+    """
+
+    def __init__(self, uri: Uri, *, keep_last: int = 4, max_pending: int = 4) -> None:
+        if keep_last < 1 or max_pending < 1:
+            raise CheckpointError(f"keep_last is {keep_last}, max_pending {max_pending}; both must be at least 1")
+        self._folder = Folder(local_path(uri) / "checkpoints").make()
+        self._keep_last = keep_last
+        self._next_version = _highest(self._folder) + 1
+        self._copies: queue.Queue[tuple[int, int, dict[str, torch.Tensor], dict[str, str]] | None] = queue.Queue()
+        self._max_pending = max_pending
+        self._failure: BaseException | None = None
+        self._closed = False
+        self.published = 0
+        self.skipped = 0
+        self.seconds = 0.0  # that callers spent in `publish`
+        last = newest(uri)
+        self.newest_version = last.model_version if last else 0
+        self._thread = threading.Thread(target=self._write_copies, name="publisher", daemon=True)
+        self._thread.start()
+
+    def publish(self, model: "torch.nn.Module", step: int) -> int:
+        """Reserve the next model_version, copy the weights and return; `flush` waits until they are stable.
+
+        Raises: PerturbedWeights between SAM's first and second step.
+        """
+        began = time.perf_counter()
+        self._raise_failure()
+        if self._closed:
+            raise CheckpointError("this CheckpointPublisher is closed; open a new one")
+        if any(getattr(p, PERTURBED_FLAG, False) for p in model.parameters()):
+            raise PerturbedWeights("the model holds w + e(w); publish before first_step or after second_step")
+        tensors, tied = _host_copy(model)
+        version = self._reserve()
+        while self._copies.qsize() >= self._max_pending:
+            with contextlib.suppress(queue.Empty):
+                self._copies.get_nowait()
+                self._copies.task_done()
+                self.skipped += 1
+        self._copies.put((version, step, tensors, tied))
+        self.published += 1
+        self.seconds += time.perf_counter() - began
+        return version
+
+    def flush(self) -> None:
+        """Wait until everything published is stable."""
+        self._copies.join()
+        self._raise_failure()
+
+    def close(self) -> None:
+        """Flush and end. Twice is fine."""
+        if not self._closed:
+            self._closed = True
+            self._copies.put(None)
+            self._thread.join()
+        self._raise_failure()
+
+    def __enter__(self) -> "CheckpointPublisher":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise CheckpointError(f"publishing to {self._folder.path} failed: {self._failure}") from self._failure
+
+    def _reserve(self) -> int:
+        while True:
+            version = self._next_version
+            self._next_version += 1
+            try:
+                (self._folder.path / _name(version)).mkdir()
+            except FileExistsError:
+                continue
+            return version
+
+    def _write_copies(self) -> None:
+        while (copy := self._copies.get()) is not None:
+            try:
+                version, step, tensors, tied = copy
+                _write(Folder(self._folder.path / _name(version)), step, tensors, tied)
+                self.newest_version = version
+                _remove_old(self._folder, self._keep_last)
+            except Exception as error:  # the trainer must hear of it in its own thread
+                self._failure = error
+            finally:
+                self._copies.task_done()
+        self._copies.task_done()
+
+
+def newest(uri: Uri) -> Checkpoint | None:
+    """The newest stable checkpoint of the run folder `uri`; None when there is none yet."""
+    return next(stable(uri), None)
+
+
+def stable(uri: Uri) -> Iterator[Checkpoint]:
+    """Stable checkpoints of the run folder `uri`, newest first. One whose description is damaged is passed over."""
+    folder = Folder(local_path(uri) / "checkpoints")
+    for name in reversed(folder.names()):
+        path = folder.path / name
+        if not (path / "STABLE").exists():
+            continue
+        try:
+            meta = json.loads((path / "meta.json").read_bytes())
+            checkpoint = Checkpoint(path=path, model_version=int(name[1:]), **meta)
+        except FileNotFoundError:
+            continue  # removed meanwhile: a newer one is there
+        except (ValueError, TypeError) as error:
+            logger.warning("%s cannot be read, the checkpoint is skipped: %s", path / "meta.json", error)
+            continue
+        yield checkpoint
+
+
+def load(checkpoint: Checkpoint) -> "dict[str, torch.Tensor]":
+    """The state dict, on the CPU. Raises CheckpointCorrupt when the weights are gone or do not match their checksum."""
+    import safetensors.torch
+
+    path = checkpoint.path / "weights.safetensors"
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise CheckpointCorrupt(f"{path} is gone; keep_last removed it or it was deleted") from error
+    found = hashlib.sha256(data).hexdigest()
+    if found != checkpoint.sha256:
+        raise CheckpointCorrupt(f"{path} ({len(data)} bytes) does not match its checksum; it is skipped")
+    state: dict[str, torch.Tensor] = safetensors.torch.load(data)
+    return state | {name: state[other] for name, other in checkpoint.tied.items()}
+
+
+def _host_copy(model: "torch.nn.Module") -> "tuple[dict[str, torch.Tensor], dict[str, str]]":
+    """Contiguous host copies by name, and which further names share a tensor with one of these."""
+    copies: dict[str, torch.Tensor] = {}
+    tied: dict[str, str] = {}
+    seen: dict[int, str] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if (other := seen.setdefault(id(tensor), name)) != name:
+            tied[name] = other
+        else:
+            source = tensor.detach().contiguous()
+            copies[name] = source.clone() if source.device.type == "cpu" else source.cpu()
+    return copies, tied
+
+
+def _write(folder: Folder, step: int, tensors: "dict[str, torch.Tensor]", tied: dict[str, str]) -> None:
+    import safetensors.torch
+
+    data = safetensors.torch.save(tensors)
+    folder.put("weights.safetensors", data)
+    meta: dict[str, Any] = {
+        "step": step,
+        "published_at": datetime.datetime.now(datetime.UTC).timestamp(),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "bytes": len(data),
+        "tied": tied,
+    }
+    folder.put("meta.json", json.dumps(meta).encode())
+    folder.put("STABLE", b"")
+
+
+def _remove_old(folder: Folder, keep_last: int) -> None:
+    """Remove all versions below the `keep_last` newest stable ones. STABLE goes first, so that none is half there."""
+    names = folder.names()
+    kept = [name for name in names if (folder.path / name / "STABLE").exists()][-keep_last:]
+    for name in names[: names.index(kept[0])] if kept else []:
+        (folder.path / name / "STABLE").unlink(missing_ok=True)
+        shutil.rmtree(folder.path / name, ignore_errors=True)
+
+
+def _highest(folder: Folder) -> int:
+    return max((int(name[1:]) for name in folder.names()), default=0)
+
+
+def _name(version: int) -> str:
+    return f"v{version:08d}"

@@ -1,0 +1,75 @@
+"""Every error that steppe raises for a reason a user can act on.
+
+    SteppeError
+    ├── ConfigError (ValueError)       a setting that cannot work
+    ├── DataError (ValueError)         samples or labels that cannot be used
+    │   └── DatasetMissing             the data set is not on this machine
+    ├── StoreError                     the score store
+    │   ├── StoreCorrupt               a file of the store is torn, altered or missing
+    │   ├── StoreMismatch (ValueError) rows, sizes or formats that do not belong to this store
+    │   └── Fenced                     another writer took over
+    ├── CheckpointError                the checkpoint feed
+    │   ├── CheckpointCorrupt          weights that do not match their checksum
+    │   └── PerturbedWeights           publishing between SAM's two steps
+    ├── StateError (ValueError)        a state dict that does not fit, steps out of order
+    ├── RunError                       a run folder that is missing or of another data set
+    └── ServiceError                   a process of the run that does not answer
+
+All of them survive pickling, so that they keep their type across Ray actors.
+"""
+
+
+class SteppeError(Exception):
+    """Base of steppe's errors. The message names the value, the limit and the fix."""
+
+
+class ConfigError(SteppeError, ValueError):
+    """A setting that cannot work."""
+
+
+class DataError(SteppeError, ValueError):
+    """Samples or labels that cannot be used."""
+
+
+class DatasetMissing(DataError):
+    """The data set is not on this machine."""
+
+
+class StoreError(SteppeError):
+    """The score store cannot do what was asked."""
+
+
+class StoreCorrupt(StoreError):
+    """A file of the score store is torn, altered or missing; the message names it."""
+
+
+class StoreMismatch(StoreError, ValueError):
+    """Rows, sizes or formats that do not belong to this score store."""
+
+
+class Fenced(StoreError):
+    """Another writer took this score store over; nothing of this writer's last commit is visible."""
+
+
+class CheckpointError(SteppeError):
+    """The checkpoint feed cannot do what was asked."""
+
+
+class CheckpointCorrupt(CheckpointError):
+    """Published weights that do not match their checksum, or are gone."""
+
+
+class PerturbedWeights(CheckpointError):
+    """The model carries SAM's perturbation w + e(w); only w may be published."""
+
+
+class StateError(SteppeError, ValueError):
+    """A state dict that does not fit, or steps taken out of order."""
+
+
+class RunError(SteppeError):
+    """A run folder that is missing, in use, or of another data set."""
+
+
+class ServiceError(SteppeError):
+    """A process of the run does not answer, or refuses."""

@@ -1,0 +1,37 @@
+"""When a score counts as fresh: one definition for sampler, REST service and summary."""
+
+import enum
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+DEFAULT_BOUND_VERSIONS = 4
+DEFAULT_BOUND_PASSES = 2
+
+
+class Status(enum.StrEnum):
+    """What a score is worth now."""
+
+    FRESH = "fresh"
+    STALE = "stale"
+    UNSCORED = "unscored"
+
+
+def staleness_bound(metadata: Mapping[str, Any]) -> int:
+    """The age in versions beyond which a score is stale: 4, or two full scoring passes where that is more.
+
+    `metadata` is the score store's: the controller commits there what the bound is, so that all readers agree.
+    """
+    return int(metadata.get("staleness_bound", DEFAULT_BOUND_VERSIONS))
+
+
+def age_versions(model_version_N: npt.NDArray[np.int64], newest_version: int) -> npt.NDArray[np.int64]:
+    """Newest published version minus the row's, never below 0; -1 where unscored (model_version -1)."""
+    return np.where(model_version_N < 0, -1, np.maximum(newest_version - model_version_N, 0))
+
+
+def statuses(age_N: npt.NDArray[np.int64], bound: int) -> npt.NDArray[np.object_]:
+    """`Status` by age."""
+    return np.select([age_N < 0, age_N <= bound], [Status.UNSCORED.value, Status.FRESH.value], Status.STALE.value)

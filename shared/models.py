@@ -1,0 +1,71 @@
+"""Networks for small images. They take pixels in [0,1] and normalise inside, so that an attack works in pixel units."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from shared.config import ModelConfig
+from shared.datasets import Dataset
+from shared.errors import ConfigError
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std per channel; both are buffers and travel with the weights."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean, dtype=torch.float32).view(-1, 1, 1))
+        self.register_buffer("std", torch.tensor(std, dtype=torch.float32).view(-1, 1, 1).clamp_min(1e-6))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return (x_BCHW - self.mean) / self.std
+
+
+def build_model(config: ModelConfig, dataset: Dataset) -> nn.Module:
+    """The network of `config` for the images and classes of `dataset`, freshly initialised from torch's global RNG."""
+    channels = dataset.train.pixels_NCHW.shape[1]
+    body = _MODELS[config.name](channels, dataset.train.num_classes, config.width)
+    return nn.Sequential(Normalize(*dataset.pixel_statistics()), body)
+
+
+def small_cnn(channels: int, num_classes: int, width: int | None) -> nn.Module:
+    """Three 3x3 convolutions with BatchNorm, one pooling in between, global average, linear."""
+
+    width = width or 32
+
+    def convolution(inputs: int, outputs: int) -> nn.Sequential:
+        return nn.Sequential(
+            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
+        )
+
+    return nn.Sequential(
+        convolution(channels, width),
+        convolution(width, 2 * width),
+        nn.MaxPool2d(2),
+        convolution(2 * width, 2 * width),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2 * width, num_classes),
+    )
+
+
+def resnet18(channels: int, num_classes: int, width: int | None) -> nn.Module:
+    """torchvision's ResNet-18 with the usual stem for small images: 3x3, stride 1, no pooling.
+
+    Raises ConfigError for a `width` other than torchvision's fixed 64.
+    """
+    from torchvision.models import resnet18 as torchvision_resnet18
+
+    if width not in (None, 64):
+        raise ConfigError(f"model.width is {width}; resnet18 always has 64: leave model.width out")
+    net: nn.Module = torchvision_resnet18(num_classes=num_classes)
+    net.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+    net.maxpool = nn.Identity()
+    return net
+
+
+_MODELS: dict[str, Callable[[int, int, int | None], nn.Module]] = {"small_cnn": small_cnn, "resnet18": resnet18}

@@ -1,0 +1,1 @@
+"""The training side: SAM, curriculum, score feed, sampler, loop."""

@@ -1,0 +1,150 @@
+"""The score feed: a background thread that keeps an immutable view of the newest scores for the sampler.
+
+The trainer never waits for it: until there are scores, and whenever the store cannot be read, the last view stands.
+"""
+
+import dataclasses
+import logging
+import os
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from shared.checkpoints import newest
+from shared.errors import SteppeError
+from shared.freshness import DEFAULT_BOUND_VERSIONS, age_versions, staleness_bound
+from shared.measures import find_measure, percentiles
+from shared.score_store import ScoreReader
+from shared.storage import local_path
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreView:
+    """Scores of one store version. Arrays of length N are read-only and never change.
+
+    `percentile_N` is NaN and `model_version_N` -1 where unscored; `bound` is the staleness bound in versions.
+    """
+
+    store_version: int
+    percentile_N: npt.NDArray[np.float64]
+    model_version_N: npt.NDArray[np.int64]
+    bound: int
+
+    @classmethod
+    def empty(cls, num_samples: int) -> "ScoreView":
+        return cls(0, np.full(num_samples, np.nan), np.full(num_samples, -1), DEFAULT_BOUND_VERSIONS).frozen()
+
+    @classmethod
+    def read(cls, reader: ScoreReader, measure: str) -> "ScoreView":
+        rule = find_measure(measure)
+        model_version_N = reader.dense("model_version")
+        value_N = rule.rank({name: reader.dense(name) for name in rule.columns})
+        bound = staleness_bound(reader.metadata)
+        return cls(reader.version, percentiles(value_N, model_version_N), model_version_N, bound).frozen()
+
+    def frozen(self) -> "ScoreView":
+        self.percentile_N.flags.writeable = self.model_version_N.flags.writeable = False
+        return self
+
+    def coverage(self) -> float:
+        return float((self.model_version_N >= 0).mean())
+
+    def fresh_share_and_median_age(self, newest_version: int) -> tuple[float, float | None]:
+        """Share of all samples whose score is fresh, and the median age in versions of those that have one."""
+        age_N = age_versions(self.model_version_N, newest_version)
+        scored = age_N[age_N >= 0]
+        fresh = float(((age_N >= 0) & (age_N <= self.bound)).mean())
+        return fresh, float(np.median(scored)) if len(scored) else None
+
+
+class Scores(Protocol):
+    """Where the sampler finds scores: the feed below, or scores that a test or a script made."""
+
+    def view(self) -> ScoreView:
+        """The newest view, at once."""
+        ...
+
+    def newest_version(self) -> int:
+        """The newest published model_version, against which ages count."""
+        ...
+
+
+class ScoreFeed:
+    """Follows a run's score store from a background thread.
+
+    Args:
+        uri: the run folder. Its score store need not be there yet.
+        measure: whose percentiles the views carry.
+        newest_version: where the trainer publishes itself, its publisher's newest stable version; else the checkpoint
+            feed is read in the background.
+
+    `failures` counts refreshes that failed, `seconds` is what refreshing took in the background.
+    """
+
+    def __init__(
+        self,
+        uri: str | os.PathLike[str],
+        num_samples: int,
+        measure: str = "adm",
+        *,
+        refresh_interval_s: float = 0.5,
+        newest_version: Callable[[], int] | None = None,
+    ) -> None:
+        find_measure(measure)
+        self._run = local_path(uri)
+        self._measure = measure
+        self._refresh_interval_s = refresh_interval_s
+        self._published = newest_version
+        self._seen_version = 0
+        self._view = ScoreView.empty(num_samples)
+        self._reader: ScoreReader | None = None
+        self.failures = 0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="score feed", daemon=True)
+        self._thread.start()
+
+    def view(self) -> ScoreView:
+        return self._view
+
+    def newest_version(self) -> int:
+        return self._published() if self._published else self._seen_version
+
+    def close(self) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def __enter__(self) -> "ScoreFeed":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def refresh(self) -> None:
+        """Read what is new. The thread calls this; a script without a thread's patience may too."""
+        if self._published is None and (checkpoint := newest(self._run)):
+            self._seen_version = max(self._seen_version, checkpoint.model_version)
+        if self._reader is None:
+            if not (self._run / "scores" / "store.json").exists():
+                return
+            self._reader = ScoreReader(self._run / "scores")
+            if self._reader.num_samples != len(self._view.model_version_N):
+                raise SteppeError(
+                    f"the store is of {self._reader.num_samples} samples, not {len(self._view.model_version_N)}"
+                )
+        if self._reader.refresh() != self._view.store_version:
+            self._view = ScoreView.read(self._reader, self._measure)
+
+    def _follow(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self.refresh()
+            except (SteppeError, OSError) as error:
+                self.failures += 1
+                level = logging.WARNING if self.failures == 1 else logging.DEBUG
+                logger.log(level, "scores cannot be read now, the last view stands: %s", error)
+            self._stop.wait(self._refresh_interval_s)

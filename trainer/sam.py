@@ -1,0 +1,183 @@
+"""Sharpness-Aware Minimisation (Foret et al., arXiv 2010.01412) and its adaptive form ASAM (arXiv 2102.11600)."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.optim import Optimizer
+
+from shared.checkpoints import PERTURBED_FLAG
+from shared.errors import ConfigError, StateError
+
+EPSILON = 1e-12
+
+
+class SAM(Optimizer):
+    """Wraps a base optimizer: ascend to w + e(w), take the gradient there, step from w.
+
+        e(w) = rho * g / (||g||_2 + 1e-12)                 norm over all parameters jointly (eq. 2 with p = 2)
+        e(w) = rho * w^2 g / (|| |w| g ||_2 + 1e-12)       adaptive: T = |w| for all parameters
+
+    The param groups and the state are the base optimizer's own, so schedulers work and `state_dict` holds its momentum.
+    w is kept as a copy and restored bit for bit. Weight decay acts once, in the base step.
+
+    Args:
+        params: as for any optimizer.
+        base_optimizer: its class, such as `torch.optim.SGD`; `kwargs` are its arguments.
+        rho: radius of the neighbourhood, from 0 up; at 0 the steps are the base optimizer's.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        base_optimizer: Callable[..., Optimizer],
+        rho: float = 0.05,
+        adaptive: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        if not 0 <= rho < float("inf"):
+            raise ConfigError(f"rho is {rho}; it must be a finite number from 0 up (0.05 is usual)")
+        super().__init__(params, {"rho": rho, "adaptive": adaptive, **kwargs})
+        self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
+        self.defaults |= self.base_optimizer.defaults
+        self._weights: dict[nn.Parameter, Tensor] = {}  # w, while the parameters hold w + e(w)
+        self._share()
+
+    @property
+    def perturbed(self) -> bool:
+        """Whether the parameters hold w + e(w)."""
+        return bool(self._weights)
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        """w <- w + e(w), from the gradients at w. Raises StateError when called twice."""
+        if self.perturbed:
+            raise StateError("first_step twice: call second_step first, it returns to w")
+        norm = self._gradient_norm()
+        for group in self.param_groups:
+            scale = group["rho"] / (norm + EPSILON)
+            for p in group["params"]:
+                self._weights[p] = p.detach().clone()
+                setattr(p, PERTURBED_FLAG, True)
+                if p.grad is None:
+                    continue
+                direction = p.square() * p.grad if group["adaptive"] else p.grad
+                p.add_(direction * scale.to(p))
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Back to w, then the base optimizer's step with the gradients of w + e(w). StateError without first_step."""
+        if not self.perturbed:
+            raise StateError("second_step without first_step")
+        self._restore()
+        self.base_optimizer.step()
+        self._opt_called = True  # schedulers look here for a step, and warn without
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Both steps. `closure` clears the gradients, computes the loss, calls backward and returns the loss.
+
+        When gradients are there already they are taken as those at w, and the closure runs only at w + e(w); else it
+        runs twice. Gradients are cleared at the end. Returns the closure's first loss.
+        BatchNorm statistics see every call of the closure; `sam_step` spares them the second pass.
+        """
+        if closure is None:
+            raise StateError("SAM.step needs a closure; or call first_step and second_step, or trainer.sam.sam_step")
+        evaluate = torch.enable_grad()(closure)
+        first = None
+        if all(p.grad is None for group in self.param_groups for p in group["params"]):
+            first = evaluate()
+        self.first_step(zero_grad=True)
+        second = evaluate()
+        self.second_step(zero_grad=True)
+        return second if first is None else first
+
+    def state_dict(self) -> dict[str, Any]:
+        """The base optimizer's state and the param groups, rho included. StateError between the two steps."""
+        if self.perturbed:
+            raise StateError("state_dict between first_step and second_step: the parameters are not w")
+        return self.base_optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if self.perturbed:
+            raise StateError("load_state_dict between first_step and second_step: the parameters are not w")
+        for group in state_dict.get("param_groups", []):
+            if missing := {"rho", "adaptive"} - group.keys():
+                raise StateError(f"not a state dict of SAM: its param groups lack {sorted(missing)}")
+        self.base_optimizer.load_state_dict(state_dict)
+        self._share()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As for any optimizer; the base optimizer sees the group too, since the list is shared."""
+        if hasattr(self, "base_optimizer"):
+            for key, value in self.defaults.items():
+                param_group.setdefault(key, value)
+        super().add_param_group(param_group)
+
+    def _share(self) -> None:
+        self.param_groups = self.base_optimizer.param_groups
+        self.state = self.base_optimizer.state
+
+    def _restore(self) -> None:
+        for p, w in self._weights.items():
+            p.copy_(w)
+            delattr(p, PERTURBED_FLAG)
+        self._weights.clear()
+
+    def _gradient_norm(self) -> Tensor:
+        scaled = [
+            p.grad * p.abs() if group["adaptive"] else p.grad
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
+        if not scaled:
+            raise StateError("SAM has no gradients; call loss.backward() before first_step")
+        device = scaled[0].device
+        norms = torch.stack([torch.linalg.vector_norm(g.detach()).to(device) for g in scaled])
+        norm: Tensor = torch.linalg.vector_norm(norms)
+        return norm
+
+
+def sam_step(
+    model: nn.Module, optimizer: SAM, loss_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor
+) -> Tensor:
+    """One SAM step on one batch: two passes over the same inputs, running statistics from the first only.
+
+    Args:
+        loss_fn: (logits, y) -> scalar loss.
+
+    Returns: the loss at w, detached.
+    """
+    optimizer.zero_grad()
+    loss = loss_fn(model(x), y)
+    torch.autograd.backward(loss)
+    optimizer.first_step(zero_grad=True)
+    with running_statistics_kept(model):
+        torch.autograd.backward(loss_fn(model(x), y))
+    optimizer.second_step(zero_grad=True)
+    return loss.detach()
+
+
+@contextlib.contextmanager
+def running_statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Batch and instance norms in train mode normalise as they did, but do not update their running statistics."""
+    norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
+    momenta = [m.momentum for m in norms]
+    for m in norms:
+        if isinstance(m, _BatchNorm):
+            m.track_running_stats = False  # batch statistics, no update, num_batches_tracked untouched
+        else:
+            m.momentum = 0.0  # InstanceNorm updates whenever buffers are there
+    try:
+        yield
+    finally:
+        for m, momentum in zip(norms, momenta, strict=True):
+            m.track_running_stats, m.momentum = True, momentum

@@ -1,0 +1,225 @@
+"""The curriculum sampler: plans windows of draws from fresh scores, by systematic sampling."""
+
+import copy
+import dataclasses
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch.utils.data import Sampler
+
+from shared.errors import ConfigError, StateError
+from shared.freshness import age_versions
+from shared.score_store import ScoreReader
+from trainer.curriculum import Policy, find_policy, trust
+from trainer.feed import Scores, ScoreView
+
+MAX_AGE_COUNTED = 4096
+
+
+@dataclasses.dataclass
+class DrawCounts:
+    """What the planned draws were worth, counted as they are planned. `age_counts[a]`: draws of age a versions."""
+
+    fresh: int = 0
+    stale: int = 0
+    unscored: int = 0
+    age_counts: npt.NDArray[np.int64] = dataclasses.field(default_factory=lambda: np.zeros(0, dtype=np.int64))
+
+    @property
+    def total(self) -> int:
+        return self.fresh + self.stale + self.unscored
+
+    def count(self, age_B: npt.NDArray[np.int64], bound: int) -> None:
+        scored = age_B[age_B >= 0]
+        fresh = int((scored <= bound).sum())
+        self.fresh += fresh
+        self.stale += len(scored) - fresh
+        self.unscored += len(age_B) - len(scored)
+        counts = np.bincount(np.minimum(scored, MAX_AGE_COUNTED), minlength=len(self.age_counts))
+        counts[: len(self.age_counts)] += self.age_counts
+        self.age_counts = counts
+
+    def age_quantile(self, q: float) -> int | None:
+        """Quantile of the draws' ages in versions; None when none had a score."""
+        if not self.age_counts.sum():
+            return None
+        return int(np.searchsorted(np.cumsum(self.age_counts), q * self.age_counts.sum()))
+
+
+class CurriculumSampler(Sampler[int]):
+    """Draws N ids per epoch, in windows, each planned from one view of the scores.
+
+    A window of W draws gives sample i an expected count W p_i / sum(p), p being the policy's weights, plus the credit
+    left from earlier windows; systematic sampling draws it floor or ceil of that many times. So a uniform policy visits
+    every sample exactly once an epoch.
+
+    It never waits for scores: without them every sample is neutral. Ages are counted as of the end of the window: up to
+    `lookahead_versions` may be published between planning and use (windows and prefetching included), so that no draw
+    counts as fresh beyond the bound.
+
+    Args:
+        num_samples: N.
+        scores: a `ScoreFeed`, a `ScoreReader` (read when a window is planned; ages then count against the newest scored
+            version), or None.
+        policy: a `trainer.curriculum` policy or its name.
+        seed: of the draws.
+        epochs: of the whole training, by which the policy's progress is told; None keeps progress at 0.
+        windows_per_epoch: a window is N / windows_per_epoch draws.
+        lookahead_versions: see above.
+
+    `seconds` is the time spent planning, `draws` what was drawn.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        scores: Scores | ScoreReader | None,
+        policy: Policy | str = "low_adm_first",
+        seed: int = 0,
+        *,
+        epochs: int | None = None,
+        windows_per_epoch: int = 8,
+        lookahead_versions: int = 0,
+    ) -> None:
+        if num_samples < 1:
+            raise ConfigError(f"num_samples is {num_samples}; a sampler needs at least 1")
+        if windows_per_epoch < 1 or lookahead_versions < 0 or (epochs is not None and epochs < 1):
+            raise ConfigError(
+                f"windows_per_epoch is {windows_per_epoch} (at least 1), lookahead_versions {lookahead_versions} "
+                f"(at least 0), epochs {epochs} (at least 1, or None)"
+            )
+        self.num_samples = num_samples
+        self.policy = find_policy(policy) if isinstance(policy, str) else policy
+        self._scores = _scores_of(scores, num_samples, self.policy.measure)
+        self._epochs = epochs
+        self._lookahead = lookahead_versions
+        self._edges = [num_samples * i // windows_per_epoch for i in range(windows_per_epoch + 1)]
+        self._rng = np.random.default_rng(seed)
+        self._credit_N = np.zeros(num_samples)
+        self._epoch = 0
+        self._position = 0  # draws handed out in this epoch
+        self._window = np.zeros(0, dtype=np.int64)  # the planned ids, of which the first `taken` are handed out
+        self._taken = 0
+        self.draws = DrawCounts()
+        self.seconds = 0.0
+
+    def __len__(self) -> int:
+        """Draws left in this epoch."""
+        return self.num_samples - self._position
+
+    @property
+    def progress(self) -> float:
+        """Share of the training's draws handed out, in [0, 1]."""
+        if self._epochs is None:
+            return 0.0
+        return min((self._epoch + self._position / self.num_samples) / self._epochs, 1.0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Go to the beginning of `epoch`; nothing happens within it, so that a resumed epoch goes on."""
+        if epoch != self._epoch:
+            self._epoch, self._position, self._taken = epoch, 0, len(self._window)
+
+    def __iter__(self) -> Iterator[int]:
+        """The rest of this epoch; then the next one begins."""
+        while self._position < self.num_samples:
+            if self._taken == len(self._window):
+                self._window, self._taken = self._plan(), 0
+            for sample_id in self._window[self._taken :].tolist():
+                self._taken += 1
+                self._position += 1
+                yield sample_id
+        self._epoch, self._position = self._epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the coming draws, given the scores. No store version is pinned."""
+        return {
+            "num_samples": self.num_samples,
+            "epoch": self._epoch,
+            "position": self._position,
+            "window": self._window[self._taken :].copy(),
+            "credit": self._credit_N.copy(),
+            "rng": copy.deepcopy(self._rng.bit_generator.state),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises StateError for unknown or missing fields, by name, or another number of samples."""
+        expected = {"num_samples", "epoch", "position", "window", "credit", "rng"}
+        if state.keys() != expected:
+            unknown, missing = sorted(state.keys() - expected), sorted(expected - state.keys())
+            raise StateError(f"not a state of this sampler: unknown fields {unknown}, missing {missing}")
+        if state["num_samples"] != self.num_samples:
+            raise StateError(f"the state is of {state['num_samples']} samples, this sampler has {self.num_samples}")
+        self._epoch, self._position = int(state["epoch"]), int(state["position"])
+        self._window, self._taken = np.array(state["window"], dtype=np.int64), 0
+        self._credit_N = np.array(state["credit"], dtype=np.float64)
+        self._rng.bit_generator.state = copy.deepcopy(state["rng"])
+
+    def _plan(self) -> npt.NDArray[np.int64]:
+        """The ids of the window that begins at the current position, in random order."""
+        began = time.perf_counter()
+        view = self._scores.view()
+        age_N = age_versions(view.model_version_N, self._scores.newest_version() + self._lookahead)
+        p_N = self.policy.weights(view.percentile_N, trust(age_N, view.bound), self.progress)
+        end = next(edge for edge in self._edges if edge > self._position)
+        window, self._credit_N = draw(p_N, self._credit_N, end - self._position, self._rng)
+        self.draws.count(age_N[window], view.bound)
+        self.seconds += time.perf_counter() - began
+        return window
+
+
+def draw(
+    p_N: npt.NDArray[np.float64], credit_N: npt.NDArray[np.float64], count: int, rng: np.random.Generator
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Systematic sampling of `count` ids with weights `p_N` and the credit of earlier draws.
+
+    The expected count of i is e_i = count * p_i / sum(p) + credit_i. What was drawn ahead (e_i < 0) waits; the rest is
+    drawn floor or ceil of its share of `count`. Sums are float64: a float32 sum leaves one in ten of 10 M samples
+    unreachable.
+
+    Returns: the ids (count,) in random order, and the new credit e_i - n_i, which sums to 0.
+    """
+    expected_N = count * (p_N / p_N.sum()) + credit_N
+    order = rng.permutation(len(p_N))  # neighbours in systematic sampling exclude each other: let them be random ones
+    cumulative = np.cumsum(np.maximum(expected_N, 0.0)[order])
+    points = (np.arange(count) + rng.random()) * (cumulative[-1] / count)
+    drawn = order[np.minimum(np.searchsorted(cumulative, points, side="right"), len(order) - 1)]
+    return rng.permutation(drawn), expected_N - np.bincount(drawn, minlength=len(p_N))
+
+
+def _scores_of(scores: Scores | ScoreReader | None, num_samples: int, measure: str) -> Scores:
+    if scores is None:
+        return _NoScores(num_samples)
+    return _ReaderScores(scores, measure) if isinstance(scores, ScoreReader) else scores
+
+
+class _NoScores:
+    """Every sample neutral, for ever."""
+
+    def __init__(self, num_samples: int) -> None:
+        self._view = ScoreView.empty(num_samples)
+
+    def view(self) -> ScoreView:
+        return self._view
+
+    def newest_version(self) -> int:
+        return 0
+
+
+class _ReaderScores:
+    """Scores that come from elsewhere, read whenever a window is planned."""
+
+    def __init__(self, reader: ScoreReader, measure: str) -> None:
+        self._reader = reader
+        self._measure = measure
+        self._view = ScoreView.read(reader, measure)
+
+    def view(self) -> ScoreView:
+        if self._reader.refresh() != self._view.store_version:
+            self._view = ScoreView.read(self._reader, self._measure)
+        return self._view
+
+    def newest_version(self) -> int:
+        return max(int(self._view.model_version_N.max()), 0)
