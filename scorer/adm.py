@@ -2,8 +2,8 @@
 
 ADM is the normalised gap between the loss of a sample and of its adversarial version (Aizawa and Hayashi, BMVC 2025,
 arXiv 2508.18726; formula and attack are our reading). With the losses l and l' all natural normalisations are
-monotone in ln(l'/l). In float32 cross-entropy itself is 0 from a margin of about 17, where ADM is needed most; so everything here
-follows from the margin
+monotone in ln(l'/l). In float32 cross-entropy itself is 0 from a margin of about 17, where ADM is needed most; so
+everything here follows from the margin
 
     m = logsumexp_{j != y}(z_j) - z_y        l = softplus(m) = ln(1 + e^m)
 

@@ -92,7 +92,7 @@ def _project(delta_BCHW: Tensor, epsilon: float, norm: Norm) -> Tensor:
     if norm == "linf":
         return delta_BCHW.clamp(-epsilon, epsilon)
     length_B = torch.linalg.vector_norm(delta_BCHW.flatten(1), dim=1)
-    factor_B = (epsilon / length_B.clamp_min(torch.finfo(length_B.dtype).tiny)).clamp_max(1.0)
+    factor_B: Tensor = (epsilon / length_B.clamp_min(torch.finfo(length_B.dtype).tiny)).clamp_max(1.0)
     return delta_BCHW * factor_B.view(-1, *[1] * (delta_BCHW.dim() - 1))
 
 

@@ -25,4 +25,5 @@ SCORE_SCHEMA = pa.schema(
 MEASURED_COLUMNS = ("margin", "adversarial_margin", "log_ratio", "grad_norm", "el2n", "predicted", "correct", "robust")
 FLOAT_COLUMNS = ("margin", "adversarial_margin", "log_ratio", "grad_norm", "el2n")
 
+SNAPSHOT_SCHEMA = SCORE_SCHEMA.append(pa.field("store_version", pa.int64()))  # the commit that brought the row
 QUARANTINE_SCHEMA = SCORE_SCHEMA.append(pa.field("reason", pa.string()))
