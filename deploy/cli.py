@@ -17,7 +17,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RunFolder = Annotated[str | None, typer.Option("--run", help="The run's folder; default: the newest below --root.")]
+FOLDER_HELP = "The run's folder; default: the newest below --root."
+RunFolder = Annotated[str | None, typer.Argument(metavar="[RUN]", show_default=False, help=FOLDER_HELP)]
 Root = Annotated[str, typer.Option("--root", help="Where runs are.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
@@ -31,14 +32,20 @@ def run(
     as_json: AsJson = False,
 ) -> None:
     """Train with SAM while scorers keep every sample's difficulty fresh; leave a run folder."""
+    from deploy.packages import check_packages
+
+    check_packages()
+    from deploy import driver, progress
     from deploy.config import RunConfig
     from shared.config import read_config
 
     resolved = read_config(RunConfig, config, settings)
-    from deploy import driver, progress
-
     signal.signal(signal.SIGTERM, _interrupt)
-    finished, summary = driver.run(resolved)
+    try:
+        finished, summary = driver.run(resolved)
+    except KeyboardInterrupt:
+        typer.echo("steppe: interrupted; everything that the run started is ended, its folder stays", err=True)
+        raise typer.Exit(INTERRUPTED) from None
     if as_json:
         _print_json(summary)
     else:
@@ -76,7 +83,7 @@ def scale(
 def query(
     ids: Annotated[list[int], typer.Argument(help="Sample ids.")],
     measure: Annotated[str, typer.Option(help="adm, loss, margin, grad_norm or el2n.")] = "adm",
-    folder: RunFolder = None,
+    folder: Annotated[str | None, typer.Option("--run", help=FOLDER_HELP)] = None,
     root: Root = "runs",
     as_json: AsJson = False,
 ) -> None:
@@ -107,12 +114,9 @@ def down(folder: RunFolder = None, root: Root = "runs") -> None:
 def main() -> None:
     """Entry point. A user's mistake ends in one line and exit code 1 (usage: 2), an interrupt in 130."""
     try:
-        app(standalone_mode=False)
+        app()
     except SteppeError as error:
-        _fail(str(error), 1)
-    except (typer.Abort, KeyboardInterrupt):
-        _fail("interrupted", INTERRUPTED)
-    except BrokenPipeError:
+        typer.echo(f"steppe: {error}", err=True)
         sys.exit(1)
 
 
@@ -135,8 +139,3 @@ def _print_columns(content: dict[str, Any]) -> None:
     for name, value in content.items():
         shown = f"{value:.4f}" if isinstance(value, float) else "-" if value is None else str(value)
         typer.echo(f"{name:<{width}}  {shown}")
-
-
-def _fail(message: str, code: int) -> None:
-    typer.echo(f"steppe: {message}", err=True)
-    sys.exit(code)

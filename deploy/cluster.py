@@ -4,7 +4,9 @@ import contextlib
 import logging
 import os
 import shutil
+import signal
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -25,6 +27,7 @@ def local_cluster(run_folder: Path, run_id: str) -> Iterator[Path]:
     folder = Path(tempfile.mkdtemp(prefix="steppe-", dir=place if len(place) < LONGEST_TEMPORARY_FOLDER else "/tmp"))  # noqa: S108
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ[RUN_VARIABLE] = str(run_folder)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         # Workers look for packages in the folder that ray.init is called in, before the installed ones.
         with contextlib.chdir(folder):
@@ -37,6 +40,8 @@ def local_cluster(run_folder: Path, run_id: str) -> Iterator[Path]:
                 object_store_memory=OBJECT_STORE_BYTES,
                 _temp_dir=str(folder),
             )
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)  # ray.init replaced it by handlers that end without clean-up
         yield folder
     finally:
         ray.shutdown()

@@ -1,6 +1,7 @@
 """Stopping a run from outside."""
 
 import contextlib
+import time
 
 import psutil
 
@@ -9,6 +10,7 @@ from shared.catalogue import Run
 from shared.errors import ServiceError
 
 STOP_TIMEOUT_S = 60.0
+POLL_INTERVAL_S = 0.05
 
 
 def stop_run(run: Run) -> str:
@@ -28,10 +30,12 @@ def _stop_driver(runtime: dict[str, object]) -> bool:
         driver = psutil.Process(int(str(runtime["pid"])))
         if driver.create_time() != runtime["pid_started"]:
             return False
-        driver.terminate()
-        try:
-            driver.wait(STOP_TIMEOUT_S)
-        except psutil.TimeoutExpired as error:
-            raise ServiceError(f"the driver (pid {driver.pid}) did not stop within {STOP_TIMEOUT_S:.0f} s") from error
+        with contextlib.suppress(psutil.NoSuchProcess):  # from here on, gone means stopped
+            driver.terminate()
+            deadline = time.monotonic() + STOP_TIMEOUT_S
+            while driver.is_running() and driver.status() != psutil.STATUS_ZOMBIE:  # a zombie waits for its parent only
+                if time.monotonic() > deadline:
+                    raise ServiceError(f"the driver (pid {driver.pid}) did not stop within {STOP_TIMEOUT_S:.0f} s")
+                time.sleep(POLL_INTERVAL_S)
         return True
     return False

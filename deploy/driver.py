@@ -29,7 +29,6 @@ import pyarrow as pa
 
 from deploy.cluster import local_cluster
 from deploy.config import RunConfig
-from deploy.packages import check_packages
 from deploy.progress import Display
 from services.server import bind
 from shared.catalogue import Run
@@ -50,7 +49,6 @@ END_TIMEOUT_S = 5.0
 def run(config: RunConfig) -> tuple[Run, dict[str, Any]]:
     """Train to the end with scorers beside; returns the run and its summary. All processes are ended on the way out."""
     began = time.perf_counter()
-    check_packages()
     bind(config.rest.host, config.rest.port).close()
     dataset = load_dataset(config.data)
     opened = Run.create(

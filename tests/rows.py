@@ -13,7 +13,7 @@ SCORED_AT = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.UTC)
 
 
 def make_rows(ids: npt.ArrayLike, model_version: npt.ArrayLike = 1, **columns: Any) -> pa.Table:
-    """Rows in SCORE_SCHEMA: `ids` at `model_version`; other columns have plain values unless given (scalar or array)."""
+    """Rows of `ids` at `model_version`; other columns have plain values unless given (scalar or array)."""
     ids = np.asarray(ids, dtype=np.int64)
     values: dict[str, Any] = {
         "sample_id": ids,

@@ -1,0 +1,125 @@
+"""Controller, scorers and REST service as real Ray actors, with real files between them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import psutil
+import pytest
+import ray
+import torch
+
+from deploy.actors import ControllerActor, RemoteFleet, RestActor, ScorerActor, ask
+from deploy.config import RunConfig
+from deploy.fleet import Fleet
+from shared.catalogue import Run
+from shared.checkpoints import CheckpointPublisher
+from shared.datasets import load_dataset
+from shared.models import build_model
+from shared.score_store import ScoreReader
+from tests.waiting import wait_for
+
+CONFIG = RunConfig.model_validate(
+    {
+        "data": {"name": "digits", "subset": 600},
+        "model": {"width": 8},
+        "scoring": {"replicas": 1, "cpus": 0.1},
+        "controller": {"block_size": 100},
+        "rest": {"port": 0},
+    }
+)
+
+
+class Parts:
+    """A run's actors, started as the driver starts them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.dataset = load_dataset(CONFIG.data)
+        self.run = Run.create(
+            folder,
+            dataset_fingerprint=self.dataset.fingerprint,
+            train=self.dataset.train,
+            config=CONFIG.model_dump(mode="json"),
+            scoring_id=CONFIG.scoring.scoring_id,
+        )
+        self.token = self.run.create_token()
+        uri = str(self.run.path)
+        self.controller: Any = (
+            ray.remote(ControllerActor)
+            .options(num_cpus=0, max_restarts=-1)  # type: ignore[attr-defined]
+            .remote(uri, self.run.num_samples, CONFIG.scoring.scoring_id, CONFIG.controller, wanted=1)
+        )
+        self.rest: Any = ray.remote(RestActor).options(num_cpus=0).remote(uri, CONFIG.rest, self.controller)  # type: ignore[attr-defined]
+        scorer: Any = ray.remote(num_cpus=0.1, max_concurrency=3)(ScorerActor)  # type: ignore[call-overload]
+        self.fleet = Fleet(self.controller, lambda i: scorer.remote(i, uri, CONFIG, self.controller))
+
+    def status(self) -> dict[str, Any]:
+        return RemoteFleet(self.controller).status()
+
+    def close(self) -> None:
+        self.fleet.stop()
+        ray.get([self.controller.close.remote(), self.rest.stop.remote()], timeout=30)
+        ray.kill(self.controller)
+        ray.kill(self.rest)
+
+
+@pytest.fixture
+def parts(ray_cluster: None, run_folder: Path) -> Iterator[Parts]:
+    started = Parts(run_folder)
+    yield started
+    started.close()
+
+
+def test_scorers_follow_checkpoints_and_rest_tells(parts: Parts) -> None:
+    """Checkpoint in, difficulty out: every sample is scored at the newest version, through real processes."""
+    torch.manual_seed(0)
+    model = build_model(CONFIG.model, parts.dataset)
+    url, _ = ask(parts.rest.start.remote(), 60.0)
+    client = httpx2.Client(base_url=url, trust_env=False)
+    assert client.get("/readyz").status_code == 503
+    assert client.get("/v1/samples/5").json()["status"] == "unscored"
+    assert parts.fleet.first_scorer.wait(60)
+
+    with CheckpointPublisher(parts.run.path) as publisher:
+        for step in (10, 20):
+            version = publisher.publish(model, step)
+            reader = ScoreReader(parts.run.scores_uri)
+            wait_for(
+                lambda: reader.refresh() and (reader.dense("model_version") == version).all(),  # noqa: B023
+                what=f"every sample scored at version {version}",
+            )
+
+    sample = client.get("/v1/samples/5").json()
+    assert (sample["status"], sample["model_version"], sample["step"], sample["age_versions"]) == ("fresh", 2, 20, 0)
+    stats = client.get("/v1/stats").json()
+    assert stats["coverage"] == 1.0
+    assert stats["model_versions_scored"] == 2
+    assert stats["scored_rows"] == 1200
+    scorers = client.get("/v1/scorers").json()["scorers"]
+    assert [scorer["scored"] for scorer in scorers] == [1200]
+
+
+def test_scaling_through_rest_starts_and_drains_scorers(parts: Parts) -> None:
+    url, _ = ask(parts.rest.start.remote(), 60.0)
+    client = httpx2.Client(base_url=url, trust_env=False, headers={"Authorization": f"Bearer {parts.token}"})
+    assert parts.fleet.first_scorer.wait(60)
+    pids = {scorer["pid"] for scorer in parts.status()["scorers"]}
+    assert {psutil.Process(pid).nice() for pid in pids} == {19}
+
+    assert client.patch("/v1/scorers", json={"replicas": 2}).status_code == 200
+    wait_for(lambda: client.get("/v1/scorers").json()["alive"] == 2, what="two scorers alive")
+    pids |= {scorer["pid"] for scorer in parts.status()["scorers"]}
+    assert len(pids) == 2
+    assert client.patch("/v1/scorers", json={"replicas": 0}).json()["wanted"] == 0
+    wait_for(lambda: client.get("/v1/scorers").json()["alive"] == 0, what="no scorer alive")
+    wait_for(lambda: not any(map(psutil.pid_exists, pids)), what="the drained processes gone")
+
+
+def test_a_change_without_the_token_is_refused(parts: Parts) -> None:
+    url, _ = ask(parts.rest.start.remote(), 60.0)
+    answer = httpx2.patch(f"{url}/v1/scorers", json={"replicas": 3}, trust_env=False)
+
+    assert answer.status_code == 401
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert parts.status()["wanted"] == 1

@@ -1,0 +1,140 @@
+"""Leases of blocks, with a clock in the test's hand."""
+
+import numpy as np
+import pytest
+
+from services.blocks import BlockTable
+from shared.errors import ConfigError
+from shared.leases import Lease
+
+
+def lease(table: BlockTable, version: int = 1, *, scorer: str = "a", now: float = 0.0) -> Lease | None:
+    return table.lease(scorer, version, now, 10.0)
+
+
+def test_blocks_cover_every_id_once_in_random_order():
+    table = BlockTable(103, 10)
+    blocks = [table.ids(block) for block in range(len(table))]
+
+    assert [10] * 10 + [3] == [len(block) for block in blocks]
+    assert list(range(103)) == sorted(np.concatenate(blocks).tolist())
+    assert list(range(103)) != np.concatenate(blocks).tolist()
+
+
+def test_a_block_of_a_folder_sorted_by_class_has_all_classes():
+    label_N = np.repeat(np.arange(4), 100)
+    table = BlockTable(400, 50)
+
+    assert all(len(np.unique(label_N[table.ids(block)])) == 4 for block in range(len(table)))
+
+
+def test_the_permutation_depends_on_the_seed_alone():
+    """A restarted controller must find the same blocks."""
+    first, again, other = (BlockTable(64, 64, seed).ids(0).tolist() for seed in (5, 5, 6))
+
+    assert first == again
+    assert first != other
+
+
+def test_leases_are_exclusive_and_carry_their_ids():
+    table = BlockTable(30, 10)
+    leases = [lease(table, scorer=scorer) for scorer in "abc"]
+
+    assert [0, 1, 2] == [held.block for held in leases]
+    assert len({held.lease_id for held in leases}) == 3
+    assert all(table.ids(held.block).tolist() == held.sample_ids.tolist() for held in leases)
+    assert lease(table, scorer="d") is None
+    assert 3 == table.leased
+
+
+def test_the_block_scored_longest_ago_comes_first():
+    table = BlockTable(30, 10)
+    table.committed({0: 3, 1: 1, 2: 2}, [])
+
+    assert [1, 2, 0] == [lease(table, 9).block for _ in range(3)]
+
+
+@pytest.mark.parametrize(("version", "leased"), [(2, False), (3, False), (4, True)])
+def test_no_lease_for_blocks_that_are_new_enough(version, leased):
+    table = BlockTable(10, 10)
+    table.committed({0: 3}, [])
+
+    assert leased == (lease(table, version) is not None)
+
+
+def test_a_committed_lease_is_done_and_its_block_as_new_as_its_rows():
+    table = BlockTable(20, 10)
+    done = lease(table, 7)
+    table.submitted(done.lease_id)
+    table.committed({done.block: 7}, [done.lease_id])
+
+    assert table.leased == 0
+    assert table.oldest_version == 0
+    assert 1 == lease(table, 7).block
+    assert lease(table, 7) is None
+    table.committed({1: 6}, [])
+    assert 6 == table.oldest_version
+
+
+def test_a_block_never_gets_older():
+    table = BlockTable(10, 10)
+    table.committed({0: 5}, [])
+    table.committed({0: 4}, [])
+
+    assert 5 == table.oldest_version
+
+
+def test_an_expired_lease_is_counted_and_its_block_free_again():
+    table = BlockTable(10, 10)
+    late = lease(table, now=0.0)
+
+    assert lease(table, scorer="b", now=10.0) is None
+    again = lease(table, scorer="b", now=10.1)
+    assert again.block == late.block
+    assert again.lease_id != late.lease_id
+    assert 1 == table.expired
+    assert table.block_of(late.lease_id) is None
+    table.submitted(late.lease_id)
+    assert 1 == table.leased
+
+
+def test_rows_that_are_in_have_no_deadline():
+    table = BlockTable(10, 10)
+    held = lease(table, now=0.0)
+    table.submitted(held.lease_id)
+
+    assert lease(table, now=1e9) is None
+    assert 0 == table.expired
+    assert held.block == table.block_of(held.lease_id)
+
+
+def test_release_hands_back_what_has_no_rows_yet():
+    table = BlockTable(40, 10)
+    submitted = lease(table, scorer="a")
+    lease(table, scorer="a")
+    lease(table, scorer="b")
+    table.submitted(submitted.lease_id)
+
+    assert 1 == table.release("a")
+    assert 2 == table.leased
+    assert 0 == table.release("a")
+    assert [1, 3] == [lease(table, scorer="c").block for _ in range(2)]
+
+
+def test_restore_takes_a_block_for_as_old_as_its_oldest_sample():
+    table = BlockTable(40, 10)
+    version_N = np.full(40, 9)
+    version_N[table.ids(1)[3]] = 5
+    version_N[table.ids(2)[0]] = -1
+    version_N[table.ids(3)] = 8
+    table.restore(version_N)
+
+    assert 0 == table.oldest_version
+    assert [2, 1, 3, 0] == [lease(table, 10).block for _ in range(4)]
+    assert lease(BlockTable(40, 10), 0) is None
+
+
+@pytest.mark.parametrize(("samples", "size"), [(0, 10), (10, 0), (-1, 1)])
+def test_sizes_below_one_are_refused(samples, size):
+    with pytest.raises(ConfigError, match="at least 1"):
+        BlockTable(samples, size)

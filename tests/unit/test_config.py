@@ -1,0 +1,87 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import deploy
+from deploy.config import RunConfig
+from shared.config import read_config
+from shared.errors import ConfigError
+
+CONFIGS = sorted((Path(deploy.__file__).parent / "configs").glob("*.toml"))
+
+
+def read(tmp_path: Path, text: str = "", *settings: str) -> RunConfig:
+    path = tmp_path / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return read_config(RunConfig, path, settings)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_shipped_configuration_is_valid(path: Path) -> None:
+    config = read_config(RunConfig, path)
+
+    assert config.model_fields_set  # it says something, under sections that exist
+
+
+def test_shipped_configurations_are_found() -> None:
+    assert {"quickstart.toml", "fashion_mnist.toml"} <= {path.name for path in CONFIGS}
+
+
+def test_file_and_settings_override_the_defaults_in_this_order(tmp_path: Path) -> None:
+    text = "[train]\nepochs = 7\nseed = 5\n[train.sam]\nrho = 0.5\n"
+    train = read(tmp_path, text, "train.epochs=8", "train.epochs=9", "train.sam.adaptive=true").train
+
+    assert (train.epochs, train.seed, train.batch_size) == (9, 5, 64)
+    assert (train.sam.rho, train.sam.adaptive) == (0.5, True)
+
+
+@pytest.mark.parametrize(
+    ("setting", "section", "key", "value"),
+    [
+        ("train.learning_rate=1e-3", "train", "learning_rate", 0.001),
+        ("data.subset=12", "data", "subset", 12),
+        ("data.download=true", "data", "download", True),
+        ("data.name=digits", "data", "name", "digits"),
+        ('data.root="a b"', "data", "root", "a b"),
+        ("data.root=/a/b=c", "data", "root", "/a/b=c"),
+        ("data.root=", "data", "root", ""),
+    ],
+)
+def test_setting_is_toml_or_a_bare_word(tmp_path: Path, setting: str, section: str, key: str, value: Any) -> None:
+    assert getattr(getattr(read(tmp_path, "", setting), section), key) == value
+
+
+@pytest.mark.parametrize(
+    ("text", "settings", "message"),
+    [
+        ("[train]\nepoch = 3", [], r"train\.epoch: unknown setting; did you mean train\.epochs\?"),
+        ("[trian]\nepochs = 3", [], r"trian: unknown setting; did you mean train\?"),
+        ("", ["train.sam.roh=1"], r"train\.sam\.roh: unknown setting; did you mean train\.sam\.rho\?"),
+        ("zzzzzzzzzzzz = 1", [], r"zzzzzzzzzzzz: unknown setting; known: run, run\.root, run\.folder"),
+        ("[train]\nepochs = 0", [], r"train\.epochs = 0: .*greater than or equal to 1"),
+        ("", ["train.epochs=many"], r"train\.epochs = 'many': .*integer"),
+        ("", ["data.name=mnist"], r"data\.name = 'mnist': .*'digits' or 'fashion_mnist'"),
+        ("", ["train.sam.rho=nan"], r"train\.sam\.rho = nan: "),
+        ("[train]\nepochs = 0\nseeds = 1", [], r"train\.epochs = 0: (.|\n)*train\.seeds: .*train\.seed\?"),
+        ("", ["train.epochs"], r"--set 'train\.epochs': write it as section\.key=value"),
+        ("", ["=3"], "--set '=3': write it as"),
+        ("", ["train..epochs=3"], "write it as"),
+        ("data = 3", ["data.name=digits"], "'data' is a value, not a section"),
+        ("", ["train.seed=3", "train.seed.x=1"], "'seed' is a value, not a section"),
+        ("[train\nepochs = 3", [], r"run\.toml: .*line 1"),
+    ],
+)
+def test_refused(tmp_path: Path, text: str, settings: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(tmp_path, text, *settings)
+
+
+def test_path_that_holds_no_configuration(tmp_path: Path) -> None:
+    (tmp_path / "latin1.toml").write_bytes(b'[data]\nroot = "\xe4"')
+
+    with pytest.raises(ConfigError, match=r"no configuration file '.*missing\.toml'"):
+        read_config(RunConfig, tmp_path / "missing.toml")
+    for path in (tmp_path, tmp_path / "latin1.toml"):
+        with pytest.raises(ConfigError, match=str(path)):
+            read_config(RunConfig, path)

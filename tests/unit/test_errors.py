@@ -1,0 +1,31 @@
+import inspect
+import pickle
+import re
+
+import pytest
+
+from shared import errors
+from shared.errors import SteppeError
+
+CLASSES = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if kind.__module__ == errors.__name__]
+
+
+@pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
+def test_survives_pickle(kind: type[SteppeError]) -> None:
+    """Ray pickles what an actor raises; the type is what callers catch."""
+    error = pickle.loads(pickle.dumps(kind("epsilon is -1; it must be at least 0")))  # noqa: S301
+
+    assert (type(error), str(error)) == (kind, "epsilon is -1; it must be at least 0")
+    assert isinstance(error, SteppeError)
+
+
+def test_the_drawn_tree_is_the_real_one() -> None:
+    """Each line of the docstring's tree names a class, by its depth the parent, in brackets the builtin it also is."""
+    drawn, parents = {}, {}
+    for line in (errors.__doc__ or "").splitlines():
+        if found := re.match(r"([ │├└─]*)([A-Z][A-Za-z]+)(?: \((\w+)\))?(?=  |$)", line):
+            depth = (len(found[1]) - 4) // 4
+            parents[depth] = found[2]
+            drawn[found[2]] = {parents[depth - 1] if depth else "Exception", found[3]} - {None}
+
+    assert drawn == {kind.__name__: {base.__name__ for base in kind.__bases__} for kind in CLASSES}

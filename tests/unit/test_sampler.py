@@ -1,0 +1,372 @@
+"""The sampler: exact counts, credit, resuming, freshness, and where its scores come from."""
+
+import collections
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch.utils.data import BatchSampler, DataLoader, TensorDataset
+
+from shared.errors import ConfigError, StateError
+from shared.score_store import ScoreReader, ScoreWriter
+from tests.rows import make_rows
+from trainer.curriculum import LowAdmFirst, Uniform
+from trainer.feed import ScoreFeed, ScoreView
+from trainer.sampler import CurriculumSampler, DrawCounts, draw
+
+
+@dataclasses.dataclass
+class FixedScores:
+    """Scores made here: percentiles, the versions that they are of, and the newest published version."""
+
+    percentile_N: npt.NDArray[np.float64]
+    model_version_N: npt.NDArray[np.int64]
+    newest: int = 1
+    bound: int = 4
+
+    def view(self) -> ScoreView:
+        return ScoreView(self.newest, self.percentile_N.copy(), self.model_version_N.copy(), self.bound).frozen()
+
+    def newest_version(self) -> int:
+        return self.newest
+
+
+def graded(num_samples: int, newest: int = 1, version: int = 1) -> FixedScores:
+    return FixedScores((np.arange(num_samples) + 0.5) / num_samples, np.full(num_samples, version), newest)
+
+
+@dataclasses.dataclass
+class Recorded:
+    """A neutral policy that keeps what it is asked."""
+
+    measure: str = "adm"
+    trust: list[list[float]] = dataclasses.field(default_factory=list)
+    progress: list[float] = dataclasses.field(default_factory=list)
+
+    def weights(
+        self, percentile_N: npt.NDArray[np.float64], trust_N: npt.NDArray[np.float64], progress: float
+    ) -> npt.NDArray[np.float64]:
+        self.trust.append(trust_N.tolist())
+        self.progress.append(progress)
+        return np.ones(len(percentile_N))
+
+
+def take(sampler: CurriculumSampler, count: int) -> list[int]:
+    return list(itertools.islice(sampler, count))
+
+
+def assert_floor_or_ceil(drawn: npt.ArrayLike, expected_N: npt.NDArray[np.float64]) -> None:
+    counts = np.bincount(np.asarray(drawn), minlength=len(expected_N))
+
+    assert (counts >= np.floor(expected_N - 1e-6)).all()
+    assert (counts <= np.ceil(expected_N + 1e-6)).all()
+
+
+@pytest.mark.parametrize("num_samples", [1, 2, 7, 100, 1437])
+@pytest.mark.parametrize("windows", [1, 3, 8, 200])
+def test_uniform_epoch_is_a_permutation(num_samples: int, windows: int) -> None:
+    sampler = CurriculumSampler(num_samples, None, "uniform", windows_per_epoch=windows)
+    epochs = [list(sampler) for _ in range(4)]
+
+    assert [sorted(epoch) for epoch in epochs] == [list(range(num_samples))] * 4
+    if num_samples > 7:
+        assert epochs[0] != epochs[1]
+        assert sampler.draws == dataclasses.replace(DrawCounts(unscored=4 * num_samples))
+
+
+def test_no_scores_and_any_policy_is_uniform() -> None:
+    sampler = CurriculumSampler(50, None, LowAdmFirst(strength=5))
+
+    assert sorted(sampler) == list(range(50))
+
+
+def test_window_draws_floor_or_ceil_of_the_expected_count() -> None:
+    scores = graded(60)
+    policy = LowAdmFirst(strength=2)
+    p_N = policy.weights(scores.percentile_N, np.ones(60), 0.0)
+    for seed in range(30):
+        sampler = CurriculumSampler(60, scores, policy, seed, windows_per_epoch=2)
+
+        assert_floor_or_ceil(take(sampler, 30), 30 * p_N / p_N.sum())
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 3.0])
+def test_credit_sums_to_zero_and_frequencies_follow_the_weights(spread: float) -> None:
+    """What was drawn never strays from what was due by more than a few draws, however long: no random walk."""
+    rng = np.random.default_rng(3)
+    p_N = np.exp(spread * rng.normal(size=50))
+    credit_N, counts_N = np.zeros(50), np.zeros(50)
+    for window in range(1, 501):
+        ids, credit_N = draw(p_N, credit_N, 23, rng)
+        counts_N += np.bincount(ids, minlength=50)
+
+        assert len(ids) == 23
+        assert abs(credit_N.sum()) < 1e-9
+        assert np.abs(counts_N - 23 * window * p_N / p_N.sum()).max() < 4
+
+
+def test_order_within_a_window_is_random() -> None:
+    """Uniform, one window: each of 4 ids comes first in about a quarter of the seeds (1000 +- 5 sigma)."""
+    first = collections.Counter(next(iter(CurriculumSampler(4, None, seed=seed, windows_per_epoch=1))) for seed in range(4000))
+
+    assert all(860 < first[sample_id] < 1140 for sample_id in range(4))
+
+
+def test_neighbours_are_drawn_together() -> None:
+    """Two of 4 alike: all six pairs occur about equally often (500 of 3000 +- 5 sigma); without a shuffle 0-1 never would."""
+    rng = np.random.default_rng(0)
+    pairs = collections.Counter(tuple(sorted(draw(np.ones(4), np.zeros(4), 2, rng)[0])) for _ in range(3000))
+
+    assert sorted(pairs) == list(itertools.combinations(range(4), 2))
+    assert all(398 < count < 602 for count in pairs.values())
+
+
+def test_credit_is_paid_back_in_the_next_window() -> None:
+    """Whoever waits in the first window is due in the second."""
+    rng = np.random.default_rng(0)
+    first, credit_N = draw(np.ones(6), np.zeros(6), 3, rng)
+    second, credit_N = draw(np.ones(6), credit_N, 3, rng)
+
+    assert sorted([*first, *second]) == list(range(6))
+    assert np.abs(credit_N).max() < 1e-9
+
+
+def test_window_of_a_million_reaches_every_id() -> None:
+    """Unequal weights: a float32 sum would misplace most of the draws."""
+    count = 1_000_000
+    p_N = np.exp(np.random.default_rng(0).normal(size=count))
+    ids, credit_N = draw(p_N, np.zeros(count), count, np.random.default_rng(1))
+    expected_N = count * p_N / p_N.sum()
+
+    assert_floor_or_ceil(ids, expected_N)
+    assert abs(credit_N.sum()) < 1e-3
+    assert (ids >= count - 10_000).sum() == pytest.approx(expected_N[-10_000:].sum(), rel=0.05)
+
+    whole = np.fromiter(CurriculumSampler(count, None, "uniform", windows_per_epoch=1), dtype=np.int64)
+
+    assert (np.sort(whole) == np.arange(count)).all()
+
+
+@pytest.mark.parametrize("taken", [0, 5, 13, 100], ids=lambda n: f"after {n}")
+def test_state_continues_with_the_same_draws(taken: int) -> None:
+    """In another sampler, and twice in the same one; the saved state does not move meanwhile."""
+    scores = graded(100)
+    sampler = CurriculumSampler(100, scores, seed=4, epochs=5)
+    take(sampler, taken)
+    state = sampler.state_dict()
+    expected = list(sampler) + list(sampler)
+
+    fresh = CurriculumSampler(100, scores, seed=99, epochs=5)
+    for resumed in (fresh, fresh, sampler):
+        resumed.load_state_dict(state)
+
+        assert len(resumed) == 100 - taken or taken == 100
+        assert list(resumed) + list(resumed) == expected
+
+
+def test_seed_decides_the_draws() -> None:
+    draws = [list(CurriculumSampler(50, graded(50), seed=seed)) for seed in (1, 1, 2)]
+
+    assert draws[0] == draws[1] != draws[2]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [({"tempo": 1}, r"unknown fields \['tempo'\]"), ({"rng": None}, r"missing \['rng'\]"), ({"num_samples": 11}, "11")],
+    ids=["unknown", "missing", "size"],
+)
+def test_state_that_does_not_fit_is_refused(change: dict[str, Any], named: str) -> None:
+    sampler = CurriculumSampler(10, None)
+    take(sampler, 3)
+    before = take(sampler, 0), sampler.state_dict()
+    state = {key: value for key, value in (sampler.state_dict() | change).items() if value is not None}
+
+    with pytest.raises(StateError, match=named):
+        sampler.load_state_dict(state)
+
+    assert len(sampler) == 7
+    assert sampler.state_dict()["window"].tolist() == before[1]["window"].tolist()
+
+
+def test_set_epoch_keeps_a_resumed_epoch_and_progress() -> None:
+    sampler = CurriculumSampler(10, None, "uniform", epochs=4)
+    first = take(sampler, 4)
+    sampler.set_epoch(0)
+
+    assert (len(sampler), sampler.progress) == (6, pytest.approx(0.1))
+    assert sorted(first + list(sampler)) == list(range(10))
+    assert (len(sampler), sampler.progress) == (10, 0.25)
+
+    sampler.set_epoch(1)
+    first = take(sampler, 4)
+    sampler.set_epoch(3)
+
+    assert len(first) == 4
+    assert (len(sampler), sampler.progress) == (10, 0.75)
+    assert len(list(sampler)) == 10
+    assert sampler.progress == 1
+    list(sampler)
+    assert sampler.progress == 1
+
+
+def test_epoch_after_a_jump_is_a_permutation_too() -> None:
+    sampler = CurriculumSampler(100, None, "uniform")
+    take(sampler, 30)
+    sampler.set_epoch(7)
+
+    assert sorted(sampler) == list(range(100))
+
+
+@pytest.mark.timeout(10, method="signal")
+def test_jump_under_a_live_iterator_does_not_hang_it() -> None:
+    sampler = CurriculumSampler(20, None, "uniform")
+    draws = iter(sampler)
+    next(draws)
+    sampler.set_epoch(2)
+
+    assert len(list(draws)) <= 20
+    assert len(sampler) == 20
+
+
+def test_progress_is_that_of_the_window_and_0_without_epochs() -> None:
+    for epochs, expected in ((2, [0, 0.25, 0.5, 0.75]), (None, [0] * 4)):
+        policy = Recorded()
+        sampler = CurriculumSampler(10, None, policy, epochs=epochs, windows_per_epoch=2)
+        list(sampler)
+        list(sampler)
+
+        assert policy.progress == expected
+
+
+@pytest.mark.parametrize(
+    ("lookahead", "trust", "fresh", "stale", "unscored"),
+    [
+        (0, [1, 1, 1, 0.75, 0, 0], 3, 2, 1),
+        (1, [1, 1, 0.75, 0.5, 0, 0], 2, 3, 1),
+        (4, [1, 0.25, 0, 0, 0, 0], 1, 4, 1),
+        (5, [0.75, 0, 0, 0, 0, 0], 0, 5, 1),
+    ],
+)
+def test_no_draw_counts_as_fresh_beyond_the_bound(
+    lookahead: int, trust: list[float], fresh: int, stale: int, unscored: int
+) -> None:
+    """Bound 4, newest version 20: ages 0, 3, 4, 5, 19 and unscored, each later by what the window may see published."""
+    scores = FixedScores(np.full(6, 0.5), np.array([20, 17, 16, 15, 1, -1]), newest=20)
+    policy = Recorded()
+    sampler = CurriculumSampler(6, scores, policy, windows_per_epoch=1, lookahead_versions=lookahead)
+
+    list(sampler)
+
+    assert policy.trust == [trust]
+    assert (sampler.draws.fresh, sampler.draws.stale, sampler.draws.unscored) == (fresh, stale, unscored)
+    assert np.flatnonzero(sampler.draws.age_counts).tolist() == [age + lookahead for age in (0, 3, 4, 5, 19)]
+
+
+def test_ages_rise_from_window_to_window() -> None:
+    scores = graded(8)
+    sampler = CurriculumSampler(8, scores, "uniform", windows_per_epoch=2)
+    take(sampler, 4)
+    scores.newest = 6
+    list(sampler)
+
+    assert (sampler.draws.fresh, sampler.draws.stale) == (4, 4)
+    assert sampler.draws.age_counts.tolist() == [4, 0, 0, 0, 0, 4]
+    assert [sampler.draws.age_quantile(q) for q in (0.25, 0.5, 0.9)] == [0, 0, 5]
+    assert DrawCounts().age_quantile(0.5) is None
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[ScoreWriter]:
+    """Ids 0..29 of 40 scored at version 3, log_ratio rising with the id."""
+    with ScoreWriter(tmp_path / "scores", 40) as writer:
+        writer.append(make_rows(np.arange(30), model_version=3, log_ratio=np.arange(30.0), margin=-np.arange(30.0)))
+        writer.commit({"staleness_bound": 2})
+        yield writer
+
+
+def low_share(sampler: CurriculumSampler, epochs: int = 4) -> float:
+    """Share of the draws of ids 0..29 that are of ids 0..14."""
+    ids = np.array([sample_id for _ in range(epochs) for sample_id in sampler])
+    return float((ids < 15).sum() / (ids < 30).sum())
+
+
+def test_reader_scores_are_used_and_followed(store: ScoreWriter, tmp_path: Path) -> None:
+    """exp(-2 (q - 1/2)) over q = (i + 1/2) / 30: the lower half weighs e / (1 + e) of all; ages count from version 9."""
+    sampler = CurriculumSampler(40, ScoreReader(tmp_path / "scores"))
+
+    assert low_share(sampler) == pytest.approx(math.e / (1 + math.e), abs=0.02)
+    assert sampler.draws.stale == 0 < sampler.draws.unscored
+
+    store.append(make_rows([39], model_version=9))
+    store.commit()
+
+    assert low_share(sampler) == pytest.approx(0.5, abs=0.03)
+    assert sampler.draws.stale > 0
+
+
+def test_measure_is_the_policys(store: ScoreWriter, tmp_path: Path) -> None:
+    """Loss falls as log_ratio rises in these rows."""
+    sampler = CurriculumSampler(40, ScoreReader(tmp_path / "scores"), LowAdmFirst(measure="loss"))
+
+    assert low_share(sampler) == pytest.approx(1 / (1 + math.e), abs=0.02)
+
+
+def test_feed_scores_are_used(store: ScoreWriter, tmp_path: Path) -> None:
+    with ScoreFeed(tmp_path, 40, refresh_interval_s=3600, newest_version=lambda: 3) as feed:
+        while not feed.view().store_version and not feed.failures:
+            pass
+        sampler = CurriculumSampler(40, feed)
+
+        assert low_share(sampler) == pytest.approx(math.e / (1 + math.e), abs=0.02)
+
+
+@pytest.mark.parametrize("form", ["batch_sampler", "sampler"])
+def test_data_loader_gives_what_the_sampler_draws(form: str) -> None:
+    """23 samples in batches of 5, two epochs: the last batch has the rest."""
+    dataset = TensorDataset(torch.arange(23) * 10)
+    sampler, twin = (CurriculumSampler(23, graded(23), seed=5) for _ in range(2))
+    loader: DataLoader[Any] = (
+        DataLoader(dataset, batch_sampler=BatchSampler(sampler, 5, drop_last=False))
+        if form == "batch_sampler"
+        else DataLoader(dataset, batch_size=5, sampler=sampler)
+    )
+    for _ in range(2):
+        assert len(loader) == 5
+
+        batches = [values.tolist() for (values,) in loader]
+
+        assert [len(batch) for batch in batches] == [5, 5, 5, 5, 3]
+        assert [value // 10 for batch in batches for value in batch] == list(twin)
+
+
+def test_policy_by_name() -> None:
+    scores = graded(40)
+    by_name, by_hand, uniform = (CurriculumSampler(40, scores, p) for p in ("low_adm_first", LowAdmFirst(), Uniform()))
+
+    assert list(by_name) == list(by_hand)
+    assert sorted(uniform) == list(range(40))
+    with pytest.raises(ConfigError, match="low_adm_first"):
+        CurriculumSampler(40, scores, "hard_first")
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "settings"),
+    [(0, {}), (5, {"windows_per_epoch": 0}), (5, {"lookahead_versions": -1}), (5, {"epochs": 0})],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(num_samples: int, settings: dict[str, int]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(settings), "num_samples")):
+        CurriculumSampler(num_samples, None, **settings)
+
+
+@pytest.mark.parametrize("kind", ["reader", "feed"])
+def test_scores_of_another_number_of_samples_are_refused(kind: str, store: ScoreWriter, tmp_path: Path) -> None:
+    with ScoreFeed(tmp_path / "elsewhere", 40) as feed, pytest.raises(ConfigError, match=r"40.*39|39.*40"):
+        CurriculumSampler(39, ScoreReader(tmp_path / "scores") if kind == "reader" else feed)

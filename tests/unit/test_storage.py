@@ -1,0 +1,111 @@
+import errno
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from shared.errors import ConfigError
+from shared.storage import Folder, local_path
+
+WRITES = {"put": Folder.put, "create": Folder.create}
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_put_replaces_and_create_does_not(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "a" / "b").make()
+    folder.put("x", b"old")
+    folder.put("x", b"new")
+
+    assert folder.read("x") == b"new"
+    assert not folder.create("x", b"other")
+    assert folder.create("y", b"first")
+    assert (folder.read("x"), folder.read("y")) == (b"new", b"first")
+    assert os.listdir(folder.path) in (["x", "y"], ["y", "x"])  # no temporary file beside them
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+def test_content_is_durable_before_the_name_shows_and_the_name_before_return(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Folder, str, bytes], object]
+) -> None:
+    folder, fsync, synced = Folder(tmp_path), os.fsync, []
+
+    def record(descriptor: int) -> None:
+        fsync(descriptor)
+        what = "folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "content"
+        synced.append((what, os.fstat(descriptor).st_size if what == "content" else None, folder.names()))
+
+    monkeypatch.setattr(os, "fsync", record)
+    write(folder, "x", b"four")
+
+    assert synced == [("content", 4, []), ("folder", None, ["x"])]
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize("step", ["fsync", "replace", "link"])
+def test_failed_write_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Folder, str, bytes], object], step: str
+) -> None:
+    if (write, step) in ((Folder.put, "link"), (Folder.create, "replace")):
+        pytest.skip("not a step of this operation")
+    folder = Folder(tmp_path)
+    folder.put("old", b"kept")
+    monkeypatch.setattr(os, step, no_space)
+
+    with pytest.raises(OSError, match="No space"):
+        write(folder, "old" if write is Folder.put else "new", b"lost")
+    assert os.listdir(tmp_path) == ["old"]
+    assert folder.read("old") == b"kept"
+
+
+def test_of_many_creators_one_wins(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda i: folder.create("x", str(i).encode()), range(32)))
+
+    assert sum(won) == 1
+    assert folder.read("x") == str(won.index(True)).encode()
+    assert os.listdir(tmp_path) == ["x"]
+
+
+def test_names_are_sorted_without_temporary_ones_and_delete_is_idempotent(tmp_path: Path) -> None:
+    folder = Folder(tmp_path / "f")
+
+    assert folder.names() == []
+    folder.make().make()
+    for name in ("b", "a", "c"):
+        folder.put(name, b"")
+    (folder.path / ".d.0123").write_bytes(b"half")
+    folder.delete("b")
+    folder.delete("b")
+    assert folder.names() == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("uri", "path"),
+    [
+        ("/data/run", "/data/run"),
+        ("file:///data/run", "/data/run"),
+        ("file:///data/a%20run", "/data/a run"),
+        ("/data/a%20run", "/data/a%20run"),
+        (Path("/data/run"), "/data/run"),
+    ],
+)
+def test_local_paths(uri: str | Path, path: str) -> None:
+    assert local_path(uri) == Path(path)
+
+
+def test_relative_path_is_taken_from_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    assert local_path("runs/a") == tmp_path / "runs" / "a"
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/run", "gs://bucket/run", "hdfs://host:9000/run"])
+def test_remote_uri_is_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{uri}': only local paths and file:// URIs .* mount {uri.split(':')[0]}://"):
+        Folder(uri)
