@@ -7,12 +7,13 @@ everything here follows from the margin
 
     m = logsumexp_{j != y}(z_j) - z_y        l = softplus(m) = ln(1 + e^m)
 
+in float64 from the logits on, since differences of margins are small against the margins themselves.
+
 Shapes: B samples, K classes, C, H, W of an image.
 """
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,31 +40,60 @@ def score_batch(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, attack: Attack) -
         that differ.
     """
     _check_inputs(x_BCHW, y_B, attack)
-    with _undisturbed(model, x_BCHW.device), torch.inference_mode(False), torch.enable_grad():
+    with _undisturbed(model, x_BCHW.device), torch.inference_mode(False):
         x_BCHW = x_BCHW.clone() if x_BCHW.is_inference() else x_BCHW.detach()
         y_B = y_B.to(device=x_BCHW.device, dtype=torch.int64, copy=y_B.is_inference())
 
-        def gradient(at_BCHW: Tensor) -> tuple[Tensor, Tensor]:
+        def gradient(at_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            """The margin's gradient to the input, and on the way logits, margin and q."""
             leaf_BCHW = at_BCHW.detach().requires_grad_()
-            logits_BK = _logits(model, leaf_BCHW, y_B)
-            (grad_BCHW,) = torch.autograd.grad(margin(logits_BK, y_B).sum(), leaf_BCHW)
-            return logits_BK.detach(), grad_BCHW
+            with torch.enable_grad():
+                output_BK = _forward(model, leaf_BCHW, y_B)
+            logits_BK = output_BK.detach().double()
+            m_B, q_BK = margin_and_q(logits_BK, y_B)
+            output_grad_BK = q_BK.scatter(1, y_B[:, None], -1.0).to(output_BK.dtype)
+            (grad_BCHW,) = torch.autograd.grad(output_BK, leaf_BCHW, output_grad_BK)
+            return grad_BCHW, logits_BK, m_B, q_BK
 
-        logits_BK, grad_BCHW = gradient(x_BCHW)
+        grad_BCHW, logits_BK, m_B, q_BK = gradient(x_BCHW)
         with torch.no_grad():
-            adversarial_BCHW = attack(x_BCHW, grad_BCHW, lambda at: _with_grad(gradient, at))
+            adversarial_BCHW = attack(x_BCHW, grad_BCHW, lambda at_BCHW: gradient(at_BCHW)[0])
+            # An input that did not move has a ratio of exactly 1, whatever kernels the second forward uses.
             same_B = (adversarial_BCHW == x_BCHW).flatten(1).all(1)
-            adversarial_BK = logits_BK if bool(same_B.all()) else _logits(model, adversarial_BCHW, y_B)
-            # An input that did not move has a ratio of exactly 1, whatever kernels the second forward used.
+            adversarial_BK = _forward(model, adversarial_BCHW, y_B).double()
             adversarial_BK = torch.where(same_B[:, None], logits_BK, adversarial_BK)
-            return _rows(logits_BK, adversarial_BK, grad_BCHW, y_B)
+            adversarial_m_B = margin(adversarial_BK, y_B)
+            log_loss_B, adversarial_log_loss_B = log_softplus(torch.stack([m_B, adversarial_m_B]))
+            # d softplus(m) / d m = sigmoid(m) = 1 - softmax(z)_y; the other classes share that mass as q does.
+            wrong_B = m_B.sigmoid()
+            predicted_B = logits_BK.argmax(1)
+            columns = {
+                "margin": m_B.float(),
+                "adversarial_margin": adversarial_m_B.float(),
+                "log_ratio": (adversarial_log_loss_B - log_loss_B).float(),
+                "grad_norm": (wrong_B * torch.linalg.vector_norm(grad_BCHW.flatten(1), dim=1)).float(),
+                "el2n": (wrong_B * (1 + q_BK.square().sum(1)).sqrt()).float(),
+                "predicted": predicted_B.int(),
+                "correct": predicted_B == y_B,
+                "robust": adversarial_BK.argmax(1) == y_B,
+            }
+            return {name: column.cpu() for name, column in columns.items()}
 
 
 def margin(logits_BK: Tensor, y_B: Tensor) -> Tensor:
     """m = logsumexp_{j != y}(z_j) - z_y, shape (B,): negative when confident and right."""
+    return margin_and_q(logits_BK, y_B)[0]
+
+
+def margin_and_q(logits_BK: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The margin (B,) and q (B, K), its gradient to the logits: dm/dz_j = q_j = softmax over j != y; dm/dz_y = -1.
+
+    q is 0 at y itself.
+    """
     label_B1 = y_B[:, None]
     others_BK = logits_BK.scatter(1, label_B1, float("-inf"))
-    return others_BK.logsumexp(1) - logits_BK.gather(1, label_B1).squeeze(1)
+    lse_B1 = others_BK.logsumexp(1, keepdim=True)
+    return (lse_B1 - logits_BK.gather(1, label_B1)).squeeze(1), (others_BK - lse_B1).exp()
 
 
 def log_softplus(m_B: Tensor) -> Tensor:
@@ -75,39 +105,14 @@ def log_softplus(m_B: Tensor) -> Tensor:
     return torch.where(m_B < -10.0, m_B - e_B / 2 + 5 * e_B**2 / 24, nn.functional.softplus(m_B.clamp_min(-10.0)).log())
 
 
-def _rows(logits_BK: Tensor, adversarial_BK: Tensor, grad_BCHW: Tensor, y_B: Tensor) -> dict[str, Tensor]:
-    m_B, adversarial_m_B = margin(logits_BK, y_B), margin(adversarial_BK, y_B)
-    # d softplus(m) / d m = sigmoid(m) = 1 - softmax(z)_y; the other classes share that mass in proportion q.
-    wrong_B = m_B.sigmoid()
-    q_BK = logits_BK.scatter(1, y_B[:, None], float("-inf")).softmax(1)
-    predicted_B = logits_BK.argmax(1)
-    columns = {
-        "margin": m_B.float(),
-        "adversarial_margin": adversarial_m_B.float(),
-        "log_ratio": (log_softplus(adversarial_m_B) - log_softplus(m_B)).float(),
-        "grad_norm": (wrong_B * torch.linalg.vector_norm(grad_BCHW.flatten(1), dim=1, dtype=torch.float64)).float(),
-        "el2n": (wrong_B * (1 + q_BK.square().sum(1)).sqrt()).float(),
-        "predicted": predicted_B.int(),
-        "correct": predicted_B == y_B,
-        "robust": adversarial_BK.argmax(1) == y_B,
-    }
-    return {name: column.cpu() for name, column in columns.items()}
-
-
-def _logits(model: nn.Module, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
-    """Logits (B, K) in float64: differences of margins are small against the margins themselves."""
+def _forward(model: nn.Module, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
+    """The model's logits (B, K), checked against the labels."""
     logits_BK: Tensor = model(x_BCHW)
     if logits_BK.dim() != 2 or len(logits_BK) != len(y_B) or logits_BK.shape[1] < 2:
         raise DataError(f"the model gives logits of shape {tuple(logits_BK.shape)}; needed is ({len(y_B)}, K), K >= 2")
     if len(y_B) and int(y_B.max()) >= logits_BK.shape[1]:
         raise DataError(f"label {int(y_B.max())} is outside 0..{logits_BK.shape[1] - 1}, the model's classes")
-    return logits_BK.double()
-
-
-def _with_grad(gradient: Any, at_BCHW: Tensor) -> Tensor:
-    with torch.enable_grad():
-        grad_BCHW: Tensor = gradient(at_BCHW)[1]
-        return grad_BCHW
+    return logits_BK
 
 
 def _check_inputs(x_BCHW: Tensor, y_B: Tensor, attack: Attack) -> None:
@@ -121,9 +126,10 @@ def _check_inputs(x_BCHW: Tensor, y_B: Tensor, attack: Attack) -> None:
         return
     if int(y_B.min()) < 0:
         raise DataError(f"label {int(y_B.min())} is below 0")
-    low, high = attack.clamp or (-torch.inf, torch.inf)
+    largest = torch.finfo(x_BCHW.dtype).max
+    low, high = attack.clamp or (-largest, largest)
     least, most = (float(v) for v in torch.aminmax(x_BCHW.detach()))
-    if not (low <= least and most <= high):
+    if not (low <= least and most <= high):  # also when one is NaN
         raise DataError(f"inputs lie in [{least}, {most}], outside the clamp range [{low}, {high}]")
 
 
@@ -131,7 +137,12 @@ def _check_inputs(x_BCHW: Tensor, y_B: Tensor, attack: Attack) -> None:
 def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Eval mode inside; afterwards module modes, buffers and the random number generators are as they were."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers() if not buffer.is_inference()]
+    buffers = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module, _ in modes
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
     rng = torch.get_rng_state()
     device_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     for module, _ in modes:
@@ -142,9 +153,9 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         with torch.no_grad():
-            for buffer, version, before in buffers:
-                if buffer._version != version:
-                    buffer.copy_(before)
+            for slots, name, buffer, before in buffers:
+                slots[name] = buffer
+                buffer.copy_(before)
         torch.set_rng_state(rng)
         if device_rng is not None:
             torch.cuda.set_rng_state(device_rng, device)

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scorer.adm import log_softplus, margin, score_batch
+from scorer.adm import log_softplus, score_batch
 from scorer.attacks import Attack, Fgsm, Pgd
 from shared.schema import FLOAT_COLUMNS, MEASURED_COLUMNS
 
 FAR = 80.0
 ATTACKS = {
     "fgsm linf": Fgsm(0.02),
+    "fgsm linf weak": Fgsm(0.0005),
     "fgsm l2": Fgsm(0.1, "l2"),
     "pgd linf": Pgd(0.02, 4, 0.008),
     "pgd l2": Pgd(0.1, 4, 0.04, "l2"),
@@ -58,14 +59,14 @@ def images(count: int = 24) -> tuple[Tensor, Tensor]:
 
 
 def far_apart(net: nn.Module, x: Tensor, y: Tensor) -> nn.Module:
-    """The net with its last layer scaled so that the margins at x reach 80 on either side."""
+    """The net with its last layer scaled until the margins at x reach beyond -80; beyond 80 they do too."""
     net.eval()
     with torch.no_grad():
         last = [m for m in net.modules() if isinstance(m, nn.Linear)][-1]
         last.bias -= net(x).mean(0)
-        while (largest := margin(net(x), y).abs().max().item()) < 0.99 * FAR:
-            last.weight *= FAR / largest
-            last.bias *= FAR / largest
+        while score_batch(net, x, y, Fgsm(0.0))["margin"].min().item() > -FAR:
+            last.weight *= 1.1
+            last.bias *= 1.1
     return net
 
 
@@ -143,9 +144,8 @@ def test_every_column_agrees_with_float64_at_margins_up_to_80(make, attack):
     have = {name: found[name][at].double() for name in MEASURED_COLUMNS}
 
     assert at.float().mean().item() > 0.8
-    assert want["margin"].abs().max().item() > 70
-    assert want["margin"].min().item() < -40
-    assert want["margin"].max().item() > 40
+    assert want["margin"].min().item() < -FAR
+    assert want["margin"].max().item() > FAR
     large = want["log_ratio"].abs() >= 0.01
     relative = (have["log_ratio"] / want["log_ratio"] - 1).abs()[large]
 
@@ -227,7 +227,12 @@ class Counting(nn.Module):
 def busy_net(count: str = "in place", fail_at: int = 0) -> nn.Module:
     """Mixed modes, mixed requires_grad, gradients on some parameters, three kinds of state."""
     net = nn.Sequential(
-        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), Counting(count, fail_at), nn.Linear(144, 3)
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        Counting(count, fail_at),
+        nn.Linear(144, 3),
     )
     net.train()
     net[2].eval()
@@ -273,10 +278,20 @@ def test_the_model_still_trains_after_being_scored_in_inference_mode():
     assert net[5].weight.grad.abs().sum().item() > 0
 
 
+def test_a_backward_pass_in_flight_still_works():
+    """Batch norm in eval mode keeps its buffers for backward: they may not be written, not even with what they hold."""
+    net, (x, y) = conv().eval(), images()
+    loss = F.cross_entropy(net(x), y)
+    score_batch(net, x, y, Fgsm(0.1))
+    loss.backward()
+
+    assert net[0].weight.grad.abs().sum().item() > 0
+
+
 def test_a_refusal_leaves_the_model_too():
     net, (x, _) = busy_net(), images()
     before = state_of(net)
-    with pytest.raises(ValueError, match="outside 0..2"):
+    with pytest.raises(ValueError, match=r"outside 0\.\.2"):
         score_batch(net, x, torch.full((len(x),), 3), Fgsm(0.1))
 
     assert before == state_of(net)
@@ -331,7 +346,7 @@ def test_without_a_clamp_range_inputs_may_lie_anywhere():
     net.weight.data = torch.tensor([[1.0], [0.0]])
     row = score_batch(net, torch.tensor([[-7.0]]), torch.tensor([0]), Fgsm(0.5, clamp=None))
 
-    assert [7.0, 7.5] == [row["margin"].item(), row["adversarial_margin"].item()]
+    assert [row["margin"].item(), row["adversarial_margin"].item()] == [7.0, 7.5]
 
 
 X, Y = torch.full((2, 1, 8, 8), 0.5), torch.tensor([0, 1])
@@ -362,7 +377,9 @@ def test_pixels_that_are_not_finite_are_refused_without_a_clamp_range_too(value)
         score_batch(mlp(), X.index_fill(0, torch.tensor([1]), value), Y, Fgsm(0.1, clamp=None))
 
 
-@pytest.mark.parametrize("net", [nn.Flatten(0), nn.Sequential(nn.Flatten(), nn.Linear(64, 1))], ids=["(B*64,)", "K = 1"])
+@pytest.mark.parametrize(
+    "net", [nn.Flatten(0), nn.Sequential(nn.Flatten(), nn.Linear(64, 1))], ids=["(B*64,)", "K = 1"]
+)
 def test_logits_of_another_shape_are_refused(net):
     with pytest.raises(ValueError, match="the model gives logits of shape"):
         score_batch(net, X, torch.zeros(2, dtype=torch.int64), Fgsm(0.1))

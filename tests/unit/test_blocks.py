@@ -16,7 +16,7 @@ def test_blocks_cover_every_id_once_in_random_order():
     table = BlockTable(103, 10)
     blocks = [table.ids(block) for block in range(len(table))]
 
-    assert [10] * 10 + [3] == [len(block) for block in blocks]
+    assert [len(block) for block in blocks] == [10] * 10 + [3]
     assert list(range(103)) == sorted(np.concatenate(blocks).tolist())
     assert list(range(103)) != np.concatenate(blocks).tolist()
 
@@ -40,18 +40,18 @@ def test_leases_are_exclusive_and_carry_their_ids():
     table = BlockTable(30, 10)
     leases = [lease(table, scorer=scorer) for scorer in "abc"]
 
-    assert [0, 1, 2] == [held.block for held in leases]
+    assert [held.block for held in leases] == [0, 1, 2]
     assert len({held.lease_id for held in leases}) == 3
     assert all(table.ids(held.block).tolist() == held.sample_ids.tolist() for held in leases)
     assert lease(table, scorer="d") is None
-    assert 3 == table.leased
+    assert table.leased == 3
 
 
 def test_the_block_scored_longest_ago_comes_first():
     table = BlockTable(30, 10)
     table.committed({0: 3, 1: 1, 2: 2}, [])
 
-    assert [1, 2, 0] == [lease(table, 9).block for _ in range(3)]
+    assert [lease(table, 9).block for _ in range(3)] == [1, 2, 0]
 
 
 @pytest.mark.parametrize(("version", "leased"), [(2, False), (3, False), (4, True)])
@@ -70,10 +70,10 @@ def test_a_committed_lease_is_done_and_its_block_as_new_as_its_rows():
 
     assert table.leased == 0
     assert table.oldest_version == 0
-    assert 1 == lease(table, 7).block
+    assert lease(table, 7).block == 1
     assert lease(table, 7) is None
     table.committed({1: 6}, [])
-    assert 6 == table.oldest_version
+    assert table.oldest_version == 6
 
 
 def test_a_block_never_gets_older():
@@ -81,7 +81,7 @@ def test_a_block_never_gets_older():
     table.committed({0: 5}, [])
     table.committed({0: 4}, [])
 
-    assert 5 == table.oldest_version
+    assert table.oldest_version == 5
 
 
 def test_an_expired_lease_is_counted_and_its_block_free_again():
@@ -92,10 +92,10 @@ def test_an_expired_lease_is_counted_and_its_block_free_again():
     again = lease(table, scorer="b", now=10.1)
     assert again.block == late.block
     assert again.lease_id != late.lease_id
-    assert 1 == table.expired
+    assert table.expired == 1
     assert table.block_of(late.lease_id) is None
     table.submitted(late.lease_id)
-    assert 1 == table.leased
+    assert table.leased == 1
 
 
 def test_rows_that_are_in_have_no_deadline():
@@ -104,7 +104,7 @@ def test_rows_that_are_in_have_no_deadline():
     table.submitted(held.lease_id)
 
     assert lease(table, now=1e9) is None
-    assert 0 == table.expired
+    assert table.expired == 0
     assert held.block == table.block_of(held.lease_id)
 
 
@@ -115,10 +115,10 @@ def test_release_hands_back_what_has_no_rows_yet():
     lease(table, scorer="b")
     table.submitted(submitted.lease_id)
 
-    assert 1 == table.release("a")
-    assert 2 == table.leased
-    assert 0 == table.release("a")
-    assert [1, 3] == [lease(table, scorer="c").block for _ in range(2)]
+    assert table.release("a") == 1
+    assert table.leased == 2
+    assert table.release("a") == 0
+    assert [lease(table, scorer="c").block for _ in range(2)] == [1, 3]
 
 
 def test_restore_takes_a_block_for_as_old_as_its_oldest_sample():
@@ -129,8 +129,8 @@ def test_restore_takes_a_block_for_as_old_as_its_oldest_sample():
     version_N[table.ids(3)] = 8
     table.restore(version_N)
 
-    assert 0 == table.oldest_version
-    assert [2, 1, 3, 0] == [lease(table, 10).block for _ in range(4)]
+    assert table.oldest_version == 0
+    assert [lease(table, 10).block for _ in range(4)] == [2, 1, 3, 0]
     assert lease(BlockTable(40, 10), 0) is None
 
 

@@ -23,7 +23,7 @@ def test_the_drawn_tree_is_the_real_one() -> None:
     """Each line of the docstring's tree names a class, by its depth the parent, in brackets the builtin it also is."""
     drawn, parents = {}, {}
     for line in (errors.__doc__ or "").splitlines():
-        if found := re.match(r"([ │├└─]*)([A-Z][A-Za-z]+)(?: \((\w+)\))?(?=  |$)", line):
+        if found := re.match(r"([ │├└─]{4,})([A-Z]\w+)(?: \((\w+)\))?", line):
             depth = (len(found[1]) - 4) // 4
             parents[depth] = found[2]
             drawn[found[2]] = {parents[depth - 1] if depth else "Exception", found[3]} - {None}

@@ -1,5 +1,7 @@
 """The score feed: follows store and checkpoints, and lets the last view stand when it cannot."""
 
+import shutil
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -103,27 +105,108 @@ def _nonsense(path: Path) -> None:
     [("fragments", _torn), ("fragments", _altered_ids), ("manifests", _torn), ("manifests", _nonsense)],
     ids=["torn fragment", "altered fragment", "torn manifest", "nonsense manifest"],
 )
-def test_last_view_stands_while_the_store_is_corrupt(tmp_path: Path, where: str, damage: Callable[[Path], None]) -> None:
-    """The damage is there before the feed can see the second commit: the folder is hidden meanwhile."""
-    run, hidden = tmp_path / "run", tmp_path / "hidden"
-    with ScoreWriter(run / "scores", 4) as writer:
+def test_last_view_stands_while_the_store_is_corrupt(
+    tmp_path: Path, where: str, damage: Callable[[Path], None]
+) -> None:
+    """A second commit arrives damaged, file by file as a writer would bring it, and is repaired later."""
+    source, store = tmp_path / "source", tmp_path / "run" / "scores"
+    with ScoreWriter(source, 4) as writer:
         writer.append(make_rows(np.arange(4)))
         writer.commit()
-        with ScoreFeed(run, 4, refresh_interval_s=FAST) as feed:
-            wait_until(lambda: feed.view().store_version == 1)
-            last = feed.view()
-            hidden.mkdir()
-            (run / "scores" / "manifests").rename(hidden / "manifests")
-            (run / "scores" / "manifests").mkdir()
-            for path in (hidden / "manifests").iterdir():
-                (run / "scores" / "manifests" / path.name).write_bytes(path.read_bytes())
-            copies = run / "scores" / "manifests"
-            aside = tmp_path / "aside"
-            copies.rename(aside)
-            (hidden / "manifests").rename(copies)
-            writer.append(make_rows(np.arange(4), model_version=2))
-            del aside
-            _commit_damaged(writer, run / "scores" / where, damage)
-            wait_until(lambda: feed.failures >= 2)
+        shutil.copytree(source, store)
+        writer.append(make_rows(np.arange(4), model_version=2))
+        writer.commit()
+    new = [path for kind in ("fragments", "manifests") for path in (source / kind).iterdir()]
+    new = [path for path in new if not (store / path.parent.name / path.name).exists()]
+    good = {path: path.read_bytes() for path in new}
+    damage(next(path for path in new if path.parent.name == where))
+    with ScoreFeed(tmp_path / "run", 4, refresh_interval_s=FAST) as feed:
+        wait_until(lambda: feed.view().store_version == 1)
+        last = feed.view()
+        for path in new:
+            path.replace(store / path.parent.name / path.name)
+        wait_until(lambda: feed.failures >= 2)
 
-            assert feed.view() is last
+        assert feed.view() is last
+
+        for path, data in good.items():
+            path.write_bytes(data)
+            path.replace(store / path.parent.name / path.name)
+        wait_until(lambda: feed.view().store_version == 2)
+
+    assert feed.view().model_version_N.tolist() == [2, 2, 2, 2]
+    assert last.model_version_N.tolist() == [1, 1, 1, 1]
+
+
+def test_store_of_another_number_of_samples_is_never_taken(tmp_path: Path) -> None:
+    with ScoreWriter(tmp_path / "scores", 9) as writer:
+        writer.append(make_rows(np.arange(9)))
+    with ScoreFeed(tmp_path, 4, refresh_interval_s=FAST) as feed:
+        wait_until(lambda: feed.failures >= 1)
+        wait_until(lambda: feed.failures >= 3 or feed.view().store_version > 0)
+
+        assert len(feed.view().percentile_N) == 4
+        assert feed.view().store_version == 0
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["from the checkpoints", "from the publisher"])
+def test_newest_version(tmp_path: Path, told: bool) -> None:
+    net = nn.Linear(2, 2)
+    with (
+        CheckpointPublisher(tmp_path) as publisher,
+        ScoreFeed(
+            tmp_path, 5, refresh_interval_s=FAST, newest_version=(lambda: publisher.newest_version) if told else None
+        ) as feed,
+    ):
+        assert feed.newest_version() == 0
+
+        publisher.publish(net, 10)
+        publisher.publish(net, 20)
+        publisher.flush()
+        if not told:
+            wait_until(lambda: feed.newest_version() == 2)
+
+        assert feed.newest_version() == 2
+
+
+def test_newest_version_only_rises(tmp_path: Path) -> None:
+    with CheckpointPublisher(tmp_path) as publisher:
+        publisher.publish(nn.Linear(2, 2), 10)
+    with ScoreFeed(tmp_path, 5, refresh_interval_s=FAST) as feed:
+        wait_until(lambda: feed.newest_version() == 1)
+        shutil.rmtree(tmp_path / "checkpoints")
+        feed.refresh()
+
+        assert feed.newest_version() == 1
+
+
+def test_closed_feed_keeps_its_view_and_follows_no_more(tmp_path: Path) -> None:
+    feed = ScoreFeed(tmp_path, 2, refresh_interval_s=FAST)
+    feed.close()
+    feed.close()
+    with ScoreWriter(tmp_path / "scores", 2) as writer:
+        writer.append(make_rows([0]))
+
+    assert not any(thread.name == "score feed" for thread in threading.enumerate())
+    assert feed.view().store_version == 0
+
+    feed.refresh()
+
+    assert feed.view().store_version == 1
+
+
+@pytest.mark.parametrize(
+    ("versions", "newest", "expected"),
+    [
+        ([-1, -1, -1, -1], 9, (0.0, None)),
+        ([9, 5, 4, -1], 9, (0.5, 4.0)),
+        ([9, 5, 4, 1], 9, (0.5, 4.5)),
+        ([9, 9, 9, 9], 3, (1.0, 0.0)),
+    ],
+    ids=["unscored", "one unscored", "all scored", "newer than published"],
+)
+def test_fresh_share_and_median_age(versions: list[int], newest: int, expected: tuple[float, float | None]) -> None:
+    """Bound 4."""
+    view = ScoreView(1, np.full(4, 0.5), np.array(versions), 4)
+
+    assert view.fresh_share_and_median_age(newest) == expected

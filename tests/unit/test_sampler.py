@@ -78,7 +78,7 @@ def test_uniform_epoch_is_a_permutation(num_samples: int, windows: int) -> None:
     assert [sorted(epoch) for epoch in epochs] == [list(range(num_samples))] * 4
     if num_samples > 7:
         assert epochs[0] != epochs[1]
-        assert sampler.draws == dataclasses.replace(DrawCounts(unscored=4 * num_samples))
+        assert (sampler.draws.unscored, sampler.draws.total) == (4 * num_samples, 4 * num_samples)
 
 
 def test_no_scores_and_any_policy_is_uniform() -> None:
@@ -97,7 +97,7 @@ def test_window_draws_floor_or_ceil_of_the_expected_count() -> None:
         assert_floor_or_ceil(take(sampler, 30), 30 * p_N / p_N.sum())
 
 
-@pytest.mark.parametrize("spread", [0.0, 1.0, 3.0])
+@pytest.mark.parametrize("spread", [0.0, 0.5, 1.0])
 def test_credit_sums_to_zero_and_frequencies_follow_the_weights(spread: float) -> None:
     """What was drawn never strays from what was due by more than a few draws, however long: no random walk."""
     rng = np.random.default_rng(3)
@@ -114,13 +114,15 @@ def test_credit_sums_to_zero_and_frequencies_follow_the_weights(spread: float) -
 
 def test_order_within_a_window_is_random() -> None:
     """Uniform, one window: each of 4 ids comes first in about a quarter of the seeds (1000 +- 5 sigma)."""
-    first = collections.Counter(next(iter(CurriculumSampler(4, None, seed=seed, windows_per_epoch=1))) for seed in range(4000))
+    first = collections.Counter(
+        next(iter(CurriculumSampler(4, None, seed=seed, windows_per_epoch=1))) for seed in range(4000)
+    )
 
     assert all(860 < first[sample_id] < 1140 for sample_id in range(4))
 
 
 def test_neighbours_are_drawn_together() -> None:
-    """Two of 4 alike: all six pairs occur about equally often (500 of 3000 +- 5 sigma); without a shuffle 0-1 never would."""
+    """Two of 4 alike: all six pairs come equally often (500 of 3000 +- 5 sigma); unshuffled, 0 and 1 never would."""
     rng = np.random.default_rng(0)
     pairs = collections.Counter(tuple(sorted(draw(np.ones(4), np.zeros(4), 2, rng)[0])) for _ in range(3000))
 
@@ -185,14 +187,14 @@ def test_seed_decides_the_draws() -> None:
 def test_state_that_does_not_fit_is_refused(change: dict[str, Any], named: str) -> None:
     sampler = CurriculumSampler(10, None)
     take(sampler, 3)
-    before = take(sampler, 0), sampler.state_dict()
+    before = sampler.state_dict()
     state = {key: value for key, value in (sampler.state_dict() | change).items() if value is not None}
 
     with pytest.raises(StateError, match=named):
         sampler.load_state_dict(state)
 
     assert len(sampler) == 7
-    assert sampler.state_dict()["window"].tolist() == before[1]["window"].tolist()
+    assert sampler.state_dict()["window"].tolist() == before["window"].tolist()
 
 
 def test_set_epoch_keeps_a_resumed_epoch_and_progress() -> None:
@@ -224,7 +226,7 @@ def test_epoch_after_a_jump_is_a_permutation_too() -> None:
     assert sorted(sampler) == list(range(100))
 
 
-@pytest.mark.timeout(10, method="signal")
+@pytest.mark.timeout(5, method="signal")
 def test_jump_under_a_live_iterator_does_not_hang_it() -> None:
     sampler = CurriculumSampler(20, None, "uniform")
     draws = iter(sampler)
@@ -291,14 +293,14 @@ def store(tmp_path: Path) -> Iterator[ScoreWriter]:
         yield writer
 
 
-def low_share(sampler: CurriculumSampler, epochs: int = 4) -> float:
+def low_share(sampler: CurriculumSampler, epochs: int = 40) -> float:
     """Share of the draws of ids 0..29 that are of ids 0..14."""
     ids = np.array([sample_id for _ in range(epochs) for sample_id in sampler])
     return float((ids < 15).sum() / (ids < 30).sum())
 
 
 def test_reader_scores_are_used_and_followed(store: ScoreWriter, tmp_path: Path) -> None:
-    """exp(-2 (q - 1/2)) over q = (i + 1/2) / 30: the lower half weighs e / (1 + e) of all; ages count from version 9."""
+    """exp(-2 (q - 1/2)) over q = (i + 1/2) / 30: the lower half weighs e / (1 + e) of all. Version 9 ages the rest."""
     sampler = CurriculumSampler(40, ScoreReader(tmp_path / "scores"))
 
     assert low_share(sampler) == pytest.approx(math.e / (1 + math.e), abs=0.02)
@@ -319,12 +321,12 @@ def test_measure_is_the_policys(store: ScoreWriter, tmp_path: Path) -> None:
 
 
 def test_feed_scores_are_used(store: ScoreWriter, tmp_path: Path) -> None:
-    with ScoreFeed(tmp_path, 40, refresh_interval_s=3600, newest_version=lambda: 3) as feed:
-        while not feed.view().store_version and not feed.failures:
-            pass
-        sampler = CurriculumSampler(40, feed)
+    feed = ScoreFeed(tmp_path, 40, refresh_interval_s=3600, newest_version=lambda: 3)
+    feed.close()
+    feed.refresh()
+    sampler = CurriculumSampler(40, feed)
 
-        assert low_share(sampler) == pytest.approx(math.e / (1 + math.e), abs=0.02)
+    assert low_share(sampler) == pytest.approx(math.e / (1 + math.e), abs=0.02)
 
 
 @pytest.mark.parametrize("form", ["batch_sampler", "sampler"])

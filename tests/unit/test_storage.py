@@ -45,13 +45,13 @@ def test_content_is_durable_before_the_name_shows_and_the_name_before_return(
     assert synced == [("content", 4, []), ("folder", None, ["x"])]
 
 
-@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
-@pytest.mark.parametrize("step", ["fsync", "replace", "link"])
+@pytest.mark.parametrize(
+    ("write", "step"),
+    [(Folder.put, "fsync"), (Folder.put, "replace"), (Folder.create, "fsync"), (Folder.create, "link")],
+)
 def test_failed_write_leaves_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: Callable[[Folder, str, bytes], object], step: str
 ) -> None:
-    if (write, step) in ((Folder.put, "link"), (Folder.create, "replace")):
-        pytest.skip("not a step of this operation")
     folder = Folder(tmp_path)
     folder.put("old", b"kept")
     monkeypatch.setattr(os, step, no_space)
@@ -105,7 +105,9 @@ def test_relative_path_is_taken_from_here(tmp_path: Path, monkeypatch: pytest.Mo
     assert local_path("runs/a") == tmp_path / "runs" / "a"
 
 
-@pytest.mark.parametrize("uri", ["s3://bucket/run", "gs://bucket/run", "hdfs://host:9000/run"])
-def test_remote_uri_is_refused(uri: str) -> None:
-    with pytest.raises(ConfigError, match=f"'{uri}': only local paths and file:// URIs .* mount {uri.split(':')[0]}://"):
-        Folder(uri)
+@pytest.mark.parametrize("scheme", ["s3", "gs", "http"])
+def test_remote_uri_is_refused(scheme: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"'{scheme}://bucket/run': only local paths and file:// URIs .*; mount {scheme}:// as"
+    ):
+        Folder(f"{scheme}://bucket/run")

@@ -1,0 +1,109 @@
+"""The README's commands do what it says: the quickstart runs, and every example beside it answers."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+from deploy.cluster import end_processes
+from tests.waiting import wait_for
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RUNS_THE_TESTS = ("./deploy/local test", "./deploy/local check")  # this suite itself, and what CI runs before it
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def commands() -> list[str]:
+    lines = [line for block in blocks("sh") for line in block.splitlines()]
+    return [line.split("  #")[0].strip() for line in lines if not line.startswith(RUNS_THE_TESTS)]
+
+
+def shell(command: str) -> str:
+    # The examples speak of `python3`'s environment as a user has it; here it is the one that runs the tests.
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, cwd=ROOT, timeout=240)
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
+    return done.stdout
+
+
+def test_commands_of_the_readme() -> None:
+    run_command, *others = commands()
+    assert run_command == "./deploy/local run"
+    before = set((ROOT / "runs").glob("*"))
+    process = subprocess.Popen(
+        ["bash", "-c", run_command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+
+    def new_run() -> Path | None:
+        assert process.poll() is None, process.communicate()
+        found = [path for path in set((ROOT / "runs").glob("*")) - before if (path / "runtime.json").exists()]
+        return found[0] if found else None
+
+    run = wait_for(new_run, 120, "the README's run")
+    try:
+        ready = "curl -sf localhost:7471/readyz"
+        wait_for(lambda: subprocess.run(ready.split(), capture_output=True, check=False).returncode == 0, 120, "scores")
+        later = [command for command in others if command.startswith("./deploy/local run") or command.endswith("down")]
+        answers = {command: shell(command) for command in others if command not in later}
+        out, err = process.communicate(timeout=200)
+
+        assert process.returncode == 0, err
+        assert "test accuracy" in out
+        check_answers(answers)
+        check_summary(json.loads((run / "summary.json").read_text()))
+        for code in blocks("python"):
+            subprocess.run([sys.executable, "-c", code.replace("NAME", run.name)], check=True, cwd=ROOT, timeout=60)
+        assert "was not up" in shell(next(command for command in later if command.endswith("down")))
+        other_run = json.loads(shell(next(command for command in later if not command.endswith("down"))))
+        assert other_run["steps"] == 5 * 23
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        end_processes(run)
+        for folder in set((ROOT / "runs").glob("*")) - before:
+            shutil.rmtree(folder)
+
+
+def check_answers(answers: dict[str, str]) -> None:
+    """Each example gave what the text around it says."""
+    curls = {command: json.loads(answer) for command, answer in answers.items() if command.startswith("curl")}
+    assert len(curls) == 7
+    by_path = {command.split("localhost:7471")[1].split()[0]: answer for command, answer in curls.items()}
+    assert by_path["/v1/samples/7"]["sample_id"] == 7
+    assert 0 < by_path["/v1/stats"]["coverage"] <= 1
+    assert by_path["/v1/scores:query"]["measure"] == "loss"
+    assert by_path["/v1/scores:query"]["sample_id"] == [3, 14, 159]
+    assert by_path["/v1/checkpoints"]["checkpoints"][0]["model_version"] >= 1
+    assert by_path["/readyz"] == {"status": "ok"}
+    assert [answer["wanted"] for command, answer in curls.items() if "PATCH" in command] == [2]
+    status, query, scale = (answers[command] for command in answers if command.startswith("./deploy/local steppe"))
+    assert "coverage" in status
+    assert "159" in query
+    assert "2 scorers wanted" in scale
+
+
+def check_summary(summary: dict[str, float]) -> None:
+    """The quickstart's promises, apart from its times."""
+    assert summary["test_accuracy"] >= 0.95
+    assert summary["coverage"] == 1.0
+    assert summary["model_versions_scored"] >= 3
+    assert summary["draws_fresh"] > 0.5
+    assert summary["quarantined_rows"] == 0
+    assert 0.999 < summary["draws_fresh"] + summary["draws_stale"] + summary["draws_unscored"] < 1.001
+    expected = """test_accuracy seconds steps model_versions_published model_versions_scored scored_rows coverage
+        age_versions_p50 age_versions_p95 draws_fresh draws_stale draws_unscored staleness_bound
+        scorer_samples_per_second trainer_seconds_in_publish trainer_seconds_in_sampler trainer_seconds_total
+        quarantined_rows"""
+    assert set(expected.split()) == set(summary)

@@ -1,0 +1,200 @@
+"""The training loop on a few digits, with a real publisher and a real feed."""
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from shared.checkpoints import CheckpointPublisher, load, stable
+from shared.config import DataConfig, ModelConfig
+from shared.datasets import Dataset, load_dataset
+from shared.errors import ConfigError
+from shared.models import build_model
+from shared.score_store import ScoreWriter
+from tests.rows import make_rows
+from trainer.config import CurriculumConfig, TrainConfig
+from trainer.feed import ScoreFeed
+from trainer.loop import Progress, TrainResult, evaluate, pick_device, train
+
+SAMPLES = 120
+CPU = torch.device("cpu")
+
+
+@functools.cache
+def digits() -> Dataset:
+    return load_dataset(DataConfig(name="digits", subset=SAMPLES))
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    return build_model(ModelConfig(width=8), digits())
+
+
+def make_config(**settings: Any) -> TrainConfig:
+    """6 steps an epoch, on one thread: nets this small only lose by more."""
+    return TrainConfig(**({"epochs": 2, "batch_size": 20, "device": "cpu", "threads": 1} | settings))
+
+
+@pytest.fixture(autouse=True)
+def threads_as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def run(
+    path: Path, config: TrainConfig, stopped: Callable[[], bool] = lambda: False
+) -> tuple[TrainResult, nn.Module, list[Progress]]:
+    model, news = make_model(), []
+    with CheckpointPublisher(path, keep_last=99, max_pending=99) as publisher:
+        feed = ScoreFeed(path, SAMPLES, newest_version=lambda: publisher.newest_version)
+        feed.close()
+        feed.refresh()
+        result = train(config, model, digits(), publisher, feed, news.append, stopped)
+    return result, model, news
+
+
+def weights(model: nn.Module) -> Tensor:
+    return torch.cat([value.flatten().double() for value in model.state_dict().values()])
+
+
+def published_steps(path: Path) -> list[int]:
+    return [checkpoint.step for checkpoint in stable(path)][::-1]
+
+
+def train_loss(model: nn.Module) -> float:
+    x_BCHW, y_B = digits().train.batch(np.arange(SAMPLES))
+    with torch.no_grad():
+        return nn.functional.cross_entropy(model.eval()(x_BCHW), y_B).item()
+
+
+def score_everything(path: Path) -> None:
+    with ScoreWriter(path / "scores", SAMPLES) as writer:
+        writer.append(make_rows(np.arange(SAMPLES), log_ratio=np.arange(float(SAMPLES))))
+
+
+def test_training_learns_and_says_where_it_is(tmp_path: Path) -> None:
+    result, model, news = run(tmp_path, make_config(epochs=10))
+
+    assert result.steps == 60
+    assert train_loss(model) < 0.5 * train_loss(make_model())
+    assert result.test_accuracy == evaluate(model, digits().test, CPU) > 0.4
+    assert (news[-1].step, news[-1].steps, news[-1].accuracy) == (60, 60, result.test_accuracy)
+    assert [one.step for one in news] == sorted(one.step for one in news)
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("warmup", "every", "expected"),
+    [(5, 4, [5, 9, 12]), (1, 1, [*range(1, 13)]), (5, 7, [5, 12]), (12, 1, [12]), (13, 1, [12]), (3, 100, [3, 12])],
+    ids=str,
+)
+def test_versions_are_published_at_the_documented_steps(
+    tmp_path: Path, warmup: int, every: int, expected: list[int]
+) -> None:
+    """After the warm-up, then every so many of the 12 steps, and at the end; no step twice."""
+    result, model, _ = run(tmp_path, make_config(warmup_steps=warmup, publish_every_steps=every))
+
+    assert published_steps(tmp_path) == expected
+    assert result.versions_published == len(expected)
+    last = load(next(stable(tmp_path)))
+    assert all(torch.equal(last[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("scored", [False, True], ids=["no scores", "scores"])
+def test_seed_decides_the_weights(tmp_path: Path, scored: bool) -> None:
+    found = []
+    for index, seed in enumerate((1, 1, 2)):
+        if scored:
+            score_everything(tmp_path / str(index))
+        found.append(weights(run(tmp_path / str(index), make_config(seed=seed))[1]))
+
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])
+
+
+def test_curriculum_without_scores_trains_as_the_uniform_one_and_with_scores_otherwise(tmp_path: Path) -> None:
+    uniform = make_config(curriculum=CurriculumConfig(name="uniform"))
+    without, plain = run(tmp_path / "a", make_config())[1], run(tmp_path / "b", uniform)[1]
+    score_everything(tmp_path / "c")
+    result, with_scores, _ = run(tmp_path / "c", make_config())
+
+    assert torch.equal(weights(without), weights(plain))
+    assert not torch.equal(weights(with_scores), weights(plain))
+    assert (result.sampler.draws.fresh, result.sampler.draws.total) == (2 * SAMPLES, 2 * SAMPLES)
+    assert result.sampler.progress == 1
+
+
+def test_no_scores_at_all_runs_to_the_end(tmp_path: Path) -> None:
+    result, _, _ = run(tmp_path, make_config())
+
+    assert result.steps == 12
+    assert (result.sampler.draws.unscored, result.sampler.draws.total) == (2 * SAMPLES, 2 * SAMPLES)
+
+
+@pytest.mark.parametrize("name", ["sam.rho", "sam.adaptive", "learning_rate", "momentum", "weight_decay"])
+def test_every_setting_of_the_optimizer_arrives(tmp_path: Path, name: str) -> None:
+    changed = {
+        "sam.rho": {"sam": {"rho": 0.5}},
+        "sam.adaptive": {"sam": {"adaptive": True}},
+        "learning_rate": {"learning_rate": 0.05},
+        "momentum": {"momentum": 0.5},
+        "weight_decay": {"weight_decay": 0.1},
+    }[name]
+    model = run(tmp_path / "a", make_config(epochs=1))[1]
+    other = run(tmp_path / "b", make_config(epochs=1, **changed))[1]
+
+    assert not torch.equal(weights(model), weights(other))
+
+
+def test_batch_of_one_is_refused_before_anything_happens(tmp_path: Path) -> None:
+    """120 = 7 * 17 + 1."""
+    with pytest.raises(ConfigError, match=r"batch_size 17 leaves one of 120"):
+        run(tmp_path, make_config(batch_size=17))
+
+    assert published_steps(tmp_path) == []
+
+
+@pytest.mark.parametrize("after", [0, 1, 5, 8])
+def test_stopped_ends_it_with_a_last_checkpoint(tmp_path: Path, after: int) -> None:
+    """6 steps an epoch, asked before each and once after each epoch."""
+    asked = itertools.count()
+    calls = after + after // 6
+    result, model, news = run(tmp_path, make_config(epochs=3), lambda: next(asked) >= calls)
+
+    assert result.steps == after
+    assert published_steps(tmp_path)[-1:] == [after]
+    assert result.test_accuracy == evaluate(model, digits().test, CPU)
+    assert (news[-1].step, news[-1].steps) == (after, 18)
+    assert news[-1].epoch == after // 6
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "abacus"])
+def test_device_that_is_not_here_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"train.device is '{name}'"):
+        pick_device(name)
+
+
+def test_evaluate_counts_in_eval_mode_over_several_batches() -> None:
+    """A model that says class 3 for all is right where the label is 3; BatchNorm buffers stay."""
+    images = digits().train
+    many = np.resize(np.arange(SAMPLES), 2500)
+    images = type(images)(images.pixels_NCHW[many], images.label_N[many], images.white, images.num_classes)
+    head = nn.Linear(64, 10)
+    with torch.no_grad():
+        head.bias[3] = 1e6
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), head).train()
+    before = model[0].running_mean.clone()
+
+    accuracy = evaluate(model, images, CPU)
+
+    assert accuracy == (images.label_N == 3).mean()
+    assert torch.equal(model[0].running_mean, before)
+    assert model.training
