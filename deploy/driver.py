@@ -19,6 +19,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -59,7 +60,8 @@ def run(config: RunConfig) -> tuple[Run, dict[str, Any]]:
         scoring_id=config.scoring.scoring_id,
     )
     news = _News()
-    with Display(news.describe, config.run.progress_interval_s) as display:
+    # Ray prints what it hears of dead workers; stdout is for results.
+    with contextlib.redirect_stdout(sys.stderr), Display(news.describe, config.run.progress_interval_s) as display:
         display.say(f"run {opened.path}")
         with (
             local_cluster(opened.path, opened.description["run_id"]) as ray_folder,

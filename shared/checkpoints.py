@@ -53,7 +53,8 @@ class CheckpointPublisher:
     """Publishes weights from a background thread; the caller is held up only for the copy to host memory.
 
     At most `max_pending` copies wait to be written; of more the oldest is skipped (its version stays unused) and
-    counted in `skipped`, since scorers only want the newest.
+    counted in `skipped`, since scorers only want the newest. `published` counts stable ones, `newest_version` is the
+    last that `publish` gave.
 
     Args:
         uri: the run folder.
@@ -99,7 +100,7 @@ class CheckpointPublisher:
                 self._copies.task_done()
                 self.skipped += 1
         self._copies.put((version, step, tensors, tied))
-        self.published += 1
+        self.newest_version = version
         self.seconds += time.perf_counter() - began
         return version
 
@@ -141,7 +142,7 @@ class CheckpointPublisher:
             try:
                 version, step, tensors, tied = copy
                 _write(Folder(self._folder.path / _name(version)), step, tensors, tied)
-                self.newest_version = version
+                self.published += 1
                 _remove_old(self._folder, self._keep_last)
             except Exception as error:  # the trainer must hear of it in its own thread
                 self._failure = error

@@ -224,6 +224,7 @@ class ScoreReader:
 
     def __init__(self, uri: Uri) -> None:
         self._store = StoreFiles(uri)
+        self.uri = self._store.path
         description = self._store.describe()
         self.num_samples: int = description["num_samples"]
         self.scoring_id: str = description["scoring_id"]

@@ -18,7 +18,7 @@ class CurriculumConfig(Config):
     """Which samples are drawn more often. `strength` is b, `fade_until` the share of training at which it reaches 0."""
 
     name: Literal["uniform", "low_adm_first"] = "low_adm_first"
-    strength: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    strength: float = Field(default=1.0, ge=0, le=100)
     fade_until: float = Field(default=0.7, gt=0, le=1)
     windows_per_epoch: int = Field(default=8, ge=1)
     refresh_interval_s: float = Field(default=0.5, gt=0)

@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 from shared.errors import ConfigError
 
+MAX_STRENGTH = 100.0  # beyond, weights leave float64
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -56,8 +58,10 @@ class LowAdmFirst:
     measure: str = "adm"
 
     def __post_init__(self) -> None:
-        if not self.strength >= 0:
-            raise ConfigError(f"curriculum strength is {self.strength}; it must be 0 or more")
+        if not 0 <= self.strength <= MAX_STRENGTH:
+            raise ConfigError(
+                f"curriculum strength is {self.strength}; it must lie in 0..{MAX_STRENGTH:g} (1 is usual)"
+            )
         if not 0 < self.fade_until <= 1:
             raise ConfigError(f"curriculum fade_until is {self.fade_until}; it must lie in (0, 1]")
 

@@ -80,10 +80,10 @@ class ScoreFeed:
     Args:
         uri: the run folder. Its score store need not be there yet.
         measure: whose percentiles the views carry.
-        newest_version: where the trainer publishes itself, its publisher's newest stable version; else the checkpoint
-            feed is read in the background.
+        newest_version: where the trainer publishes itself, its publisher's newest version; else the checkpoint feed is
+            read in the background.
 
-    `failures` counts refreshes that failed, `seconds` is what refreshing took in the background.
+    `failures` counts refreshes that failed.
     """
 
     def __init__(
@@ -103,6 +103,7 @@ class ScoreFeed:
         self._seen_version = 0
         self._view = ScoreView.empty(num_samples)
         self._reader: ScoreReader | None = None
+        self._refreshing = threading.Lock()
         self.failures = 0
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="score feed", daemon=True)
@@ -125,17 +126,22 @@ class ScoreFeed:
         self.close()
 
     def refresh(self) -> None:
-        """Read what is new. The thread calls this; a script without a thread's patience may too."""
+        """Read what is new, now. The thread calls this all the time; anyone else may too."""
+        with self._refreshing:
+            self._refresh()
+
+    def _refresh(self) -> None:
         if self._published is None and (checkpoint := newest(self._run)):
             self._seen_version = max(self._seen_version, checkpoint.model_version)
         if self._reader is None:
             if not (self._run / "scores" / "store.json").exists():
                 return
-            self._reader = ScoreReader(self._run / "scores")
-            if self._reader.num_samples != len(self._view.model_version_N):
+            reader = ScoreReader(self._run / "scores")
+            if reader.num_samples != len(self._view.model_version_N):
                 raise SteppeError(
-                    f"the store is of {self._reader.num_samples} samples, not {len(self._view.model_version_N)}"
+                    f"the store is of {reader.num_samples} samples, not {len(self._view.model_version_N)}"
                 )
+            self._reader = reader
         if self._reader.refresh() != self._view.store_version:
             self._view = ScoreView.read(self._reader, self._measure)
 
@@ -143,7 +149,8 @@ class ScoreFeed:
         while not self._stop.is_set():
             try:
                 self.refresh()
-            except (SteppeError, OSError) as error:
+            except Exception as error:  # whatever is wrong with the files, the trainer goes on and the feed tries again
+                self._reader = None
                 self.failures += 1
                 level = logging.WARNING if self.failures == 1 else logging.DEBUG
                 logger.log(level, "scores cannot be read now, the last view stands: %s", error)

@@ -103,7 +103,8 @@ def train(
     loss_fn = nn.CrossEntropyLoss()
 
     began = last_news = time.perf_counter()
-    step, accuracy = 0, None
+    step, epoch, published = 0, 0, -1
+    loss, accuracy = math.nan, None
     losses: list[torch.Tensor] = []
     for epoch in range(config.epochs):
         for ids in batches:
@@ -117,19 +118,22 @@ def train(
                 step > config.warmup_steps and (step - config.warmup_steps) % config.publish_every_steps == 0
             ):
                 publisher.publish(model, step)
+                published = step
             if time.perf_counter() - last_news > NEWS_INTERVAL_S:
                 last_news = time.perf_counter()
-                on_progress(Progress(step, steps, epoch, float(torch.stack(losses).mean()), accuracy))
+                loss = float(torch.stack(losses).mean())
                 losses.clear()
+                on_progress(Progress(step, steps, epoch, loss, accuracy))
         if stopped():
             break
         accuracy = evaluate(model, dataset.test, device)
-    publisher.publish(model, step)
+    if step != published:
+        publisher.publish(model, step)
     final = evaluate(model, dataset.test, device) if accuracy is None or stopped() else accuracy
-    on_progress(Progress(step, steps, config.epochs, float(torch.stack(losses).mean()) if losses else math.nan, final))
-    return TrainResult(
-        step, final, publisher.published, time.perf_counter() - began, publisher.seconds, sampler.seconds, sampler
-    )
+    on_progress(Progress(step, steps, epoch, float(torch.stack(losses).mean()) if losses else loss, final))
+    seconds = time.perf_counter() - began
+    publisher.flush()
+    return TrainResult(step, final, publisher.published, seconds, publisher.seconds, sampler.seconds, sampler)
 
 
 @torch.no_grad()

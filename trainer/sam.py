@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 
 from shared.checkpoints import PERTURBED_FLAG
@@ -38,10 +38,10 @@ class SAM(Optimizer):
         adaptive: bool = False,
         **kwargs: Any,
     ) -> None:
-        if not 0 <= rho < float("inf"):
-            raise ConfigError(f"rho is {rho}; it must be a finite number from 0 up (0.05 is usual)")
         super().__init__(params, {"rho": rho, "adaptive": adaptive, **kwargs})
         self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
+        if clash := {"rho", "adaptive"} & self.base_optimizer.defaults.keys():
+            raise ConfigError(f"{type(self.base_optimizer).__name__} has settings of its own named {sorted(clash)}")
         self.defaults |= self.base_optimizer.defaults
         self._weights: dict[nn.Parameter, Tensor] = {}  # w, while the parameters hold w + e(w)
         self._share()
@@ -65,7 +65,7 @@ class SAM(Optimizer):
                 if p.grad is None:
                     continue
                 direction = p.square() * p.grad if group["adaptive"] else p.grad
-                p.add_(direction * scale.to(p))
+                p.add_(direction * scale.to(p.device))
         if zero_grad:
             self.zero_grad()
 
@@ -74,7 +74,7 @@ class SAM(Optimizer):
         """Back to w, then the base optimizer's step with the gradients of w + e(w). StateError without first_step."""
         if not self.perturbed:
             raise StateError("second_step without first_step")
-        self._restore()
+        self.restore()
         self.base_optimizer.step()
         self._opt_called = True  # schedulers look here for a step, and warn without
         if zero_grad:
@@ -116,16 +116,25 @@ class SAM(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As for any optimizer; the base optimizer sees the group too, since the list is shared."""
-        if hasattr(self, "base_optimizer"):
-            for key, value in self.defaults.items():
-                param_group.setdefault(key, value)
+        rho = param_group.get("rho", self.defaults["rho"])
+        if not 0 <= rho < float("inf"):
+            raise ConfigError(f"rho is {rho}; it must be a finite number from 0 up (0.05 is usual)")
         super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: torch's own leaves out what it does not know."""
+        if self.perturbed:
+            raise StateError("copying SAM between first_step and second_step: the parameters are not w")
+        state: dict[str, Any] = super().__getstate__()
+        return state | {"base_optimizer": self.base_optimizer, "_weights": {}}
 
     def _share(self) -> None:
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
 
-    def _restore(self) -> None:
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Back to w without a step, such as after a failure at w + e(w)."""
         for p, w in self._weights.items():
             p.copy_(w)
             delattr(p, PERTURBED_FLAG)
@@ -141,8 +150,12 @@ class SAM(Optimizer):
         if not scaled:
             raise StateError("SAM has no gradients; call loss.backward() before first_step")
         device = scaled[0].device
-        norms = torch.stack([torch.linalg.vector_norm(g.detach()).to(device) for g in scaled])
-        norm: Tensor = torch.linalg.vector_norm(norms)
+        # At least float32: in float16 a norm can overflow and 1e-12 is 0.
+        norms = [
+            torch.linalg.vector_norm(g.detach(), dtype=torch.promote_types(g.dtype, torch.float32)).to(device)
+            for g in scaled
+        ]
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return norm
 
 
@@ -160,24 +173,26 @@ def sam_step(
     loss = loss_fn(model(x), y)
     torch.autograd.backward(loss)
     optimizer.first_step(zero_grad=True)
-    with running_statistics_kept(model):
-        torch.autograd.backward(loss_fn(model(x), y))
+    try:
+        with running_statistics_kept(model):
+            torch.autograd.backward(loss_fn(model(x), y))
+    except BaseException:
+        optimizer.restore()
+        raise
     optimizer.second_step(zero_grad=True)
     return loss.detach()
 
 
 @contextlib.contextmanager
 def running_statistics_kept(model: nn.Module) -> Iterator[None]:
-    """Batch and instance norms in train mode normalise as they did, but do not update their running statistics."""
+    """Batch and instance norms in train mode normalise by the batch as before, and touch no running statistics."""
     norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.training and m.track_running_stats]
-    momenta = [m.momentum for m in norms]
+    kept = [(m.running_mean, m.running_var) for m in norms]
     for m in norms:
-        if isinstance(m, _BatchNorm):
-            m.track_running_stats = False  # batch statistics, no update, num_batches_tracked untouched
-        else:
-            m.momentum = 0.0  # InstanceNorm updates whenever buffers are there
+        m.track_running_stats = False
+        m.running_mean = m.running_var = None
     try:
         yield
     finally:
-        for m, momentum in zip(norms, momenta, strict=True):
-            m.track_running_stats, m.momentum = True, momentum
+        for m, (mean, var) in zip(norms, kept, strict=True):
+            m.track_running_stats, m.running_mean, m.running_var = True, mean, var

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import logging
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,11 +11,13 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 
-from shared.errors import ConfigError, StateError
+from shared.errors import ConfigError, StateError, SteppeError
 from shared.freshness import age_versions
 from shared.score_store import ScoreReader
 from trainer.curriculum import Policy, find_policy, trust
 from trainer.feed import Scores, ScoreView
+
+logger = logging.getLogger(__name__)
 
 MAX_AGE_COUNTED = 4096
 
@@ -46,7 +49,7 @@ class DrawCounts:
         """Quantile of the draws' ages in versions; None when none had a score."""
         if not self.age_counts.sum():
             return None
-        return int(np.searchsorted(np.cumsum(self.age_counts), q * self.age_counts.sum()))
+        return int(np.searchsorted(np.cumsum(self.age_counts), max(q * self.age_counts.sum(), 1)))
 
 
 class CurriculumSampler(Sampler[int]):
@@ -62,8 +65,8 @@ class CurriculumSampler(Sampler[int]):
 
     Args:
         num_samples: N.
-        scores: a `ScoreFeed`, a `ScoreReader` (read when a window is planned; ages then count against the newest scored
-            version), or None.
+        scores: a `ScoreFeed`; or a `ScoreReader`, whose store is read when a window is planned (ages then count against
+            the newest scored version); or None.
         policy: a `trainer.curriculum` policy or its name.
         seed: of the draws.
         epochs: of the whole training, by which the policy's progress is told; None keeps progress at 0.
@@ -94,6 +97,8 @@ class CurriculumSampler(Sampler[int]):
         self.num_samples = num_samples
         self.policy = find_policy(policy) if isinstance(policy, str) else policy
         self._scores = _scores_of(scores, num_samples, self.policy.measure)
+        if (found := len(self._scores.view().model_version_N)) != num_samples:
+            raise ConfigError(f"the scores are of {found} samples, the sampler of {num_samples}")
         self._epochs = epochs
         self._lookahead = lookahead_versions
         self._edges = [num_samples * i // windows_per_epoch for i in range(windows_per_epoch + 1)]
@@ -118,19 +123,22 @@ class CurriculumSampler(Sampler[int]):
         return min((self._epoch + self._position / self.num_samples) / self._epochs, 1.0)
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the beginning of `epoch`; nothing happens within it, so that a resumed epoch goes on."""
+        """Go to the beginning of `epoch`; nothing happens within it, so that a resumed epoch goes on.
+
+        A jump forgets the rest of the window and all credit: the epoch begins as a first one does.
+        """
         if epoch != self._epoch:
-            self._epoch, self._position, self._taken = epoch, 0, len(self._window)
+            self._epoch, self._position, self._taken = epoch, 0, 0
+            self._window, self._credit_N = self._window[:0], np.zeros(self.num_samples)
 
     def __iter__(self) -> Iterator[int]:
         """The rest of this epoch; then the next one begins."""
         while self._position < self.num_samples:
             if self._taken == len(self._window):
                 self._window, self._taken = self._plan(), 0
-            for sample_id in self._window[self._taken :].tolist():
-                self._taken += 1
-                self._position += 1
-                yield sample_id
+            self._taken += 1
+            self._position += 1
+            yield int(self._window[self._taken - 1])
         self._epoch, self._position = self._epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
@@ -152,6 +160,8 @@ class CurriculumSampler(Sampler[int]):
             raise StateError(f"not a state of this sampler: unknown fields {unknown}, missing {missing}")
         if state["num_samples"] != self.num_samples:
             raise StateError(f"the state is of {state['num_samples']} samples, this sampler has {self.num_samples}")
+        if len(state["credit"]) != self.num_samples or len(state["window"]) > self.num_samples - state["position"]:
+            raise StateError("the state's credit, window and position do not fit together")
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
         self._window, self._taken = np.array(state["window"], dtype=np.int64), 0
         self._credit_N = np.array(state["credit"], dtype=np.float64)
@@ -180,8 +190,15 @@ def draw(
     unreachable.
 
     Returns: the ids (count,) in random order, and the new credit e_i - n_i, which sums to 0.
+
+    Raises: ConfigError for weights that are negative, not finite or all 0.
     """
-    expected_N = count * (p_N / p_N.sum()) + credit_N
+    total = p_N.sum()
+    if not (0 < total < np.inf and p_N.min() >= 0):
+        raise ConfigError(
+            f"a curriculum gave weights from {p_N.min()} to {p_N.max()}; they must be positive and finite"
+        )
+    expected_N = p_N * (count / total) + credit_N
     order = rng.permutation(len(p_N))  # neighbours in systematic sampling exclude each other: let them be random ones
     cumulative = np.cumsum(np.maximum(expected_N, 0.0)[order])
     points = (np.arange(count) + rng.random()) * (cumulative[-1] / count)
@@ -209,16 +226,19 @@ class _NoScores:
 
 
 class _ReaderScores:
-    """Scores that come from elsewhere, read whenever a window is planned."""
+    """Scores that come from elsewhere, read when a window is planned; while unreadable, the last view stands."""
 
     def __init__(self, reader: ScoreReader, measure: str) -> None:
-        self._reader = reader
+        self._reader = ScoreReader(reader.uri)  # its own: whoever gave it may refresh theirs in the middle of a view
         self._measure = measure
-        self._view = ScoreView.read(reader, measure)
+        self._view = ScoreView.read(self._reader, measure)
 
     def view(self) -> ScoreView:
-        if self._reader.refresh() != self._view.store_version:
-            self._view = ScoreView.read(self._reader, self._measure)
+        try:
+            if self._reader.refresh() != self._view.store_version:
+                self._view = ScoreView.read(self._reader, self._measure)
+        except (SteppeError, OSError) as error:
+            logger.warning("scores cannot be read now, the last view stands: %s", error)
         return self._view
 
     def newest_version(self) -> int:

@@ -51,7 +51,9 @@ def test_training_goes_on_when_everything_else_is_stopped(started: list[RunningR
     assert not any(process.is_running() for process in hung)
 
 
-def test_down_stops_a_run_and_leaves_nothing_behind(started: list[RunningRun], run_folder: Path, tmp_path: Path) -> None:
+def test_down_stops_a_run_and_leaves_nothing_behind(
+    started: list[RunningRun], run_folder: Path, tmp_path: Path
+) -> None:
     """Started in a folder that holds a `trainer.py` and a `shared/` of the user's, which no process may import."""
     home = tmp_path / "home"
     (home / "shared").mkdir(parents=True)
@@ -85,7 +87,7 @@ def test_down_stops_a_run_and_leaves_nothing_behind(started: list[RunningRun], r
 def test_ctrl_c_ends_a_run_before_training_began(started: list[RunningRun], run_folder: Path) -> None:
     run = RunningRun(run_folder)
     started.append(run)
-    wait_for(lambda: (run_folder / "run.json").exists(), what="the run folder")
+    wait_for((run_folder / "run.json").exists, what="the run folder")
 
     os.kill(run.process.pid, signal.SIGINT)
     code, _, err = run.finish(60)

@@ -58,7 +58,8 @@ def test_only_deploy_imports_ray() -> None:
         "import shared.catalogue, shared.checkpoints, shared.datasets",
         "import deploy.config",
         "import services.api",
-        "from deploy.cli import main\nimport sys\nsys.argv[1:] = ['--help']\ntry:\n    main()\nexcept SystemExit:\n    pass",
+        "import contextlib, sys\nsys.argv[1:] = ['--help']\nfrom deploy.cli import main\n"
+        "with contextlib.suppress(SystemExit):\n    main()",
     ],
     ids=["score store", "catalogue", "configuration", "rest", "steppe --help"],
 )

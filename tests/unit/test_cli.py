@@ -20,11 +20,26 @@ def steppe(*arguments: str, cwd: Path) -> "subprocess.CompletedProcess[str]":
     ("arguments", "message"),
     [
         (["run", "nowhere.toml"], "no configuration file 'nowhere.toml'"),
-        (["run", str(QUICKSTART), "--set", "train.epoch=3"], "train.epoch: unknown setting; did you mean train.epochs?"),
-        (["run", str(QUICKSTART), "--set", "train.epochs=0"], "train.epochs = 0: Input should be greater than or equal to 1"),
+        (
+            ["run", str(QUICKSTART), "--set", "train.epoch=3"],
+            "train.epoch: unknown setting; did you mean train.epochs?",
+        ),
+        (
+            ["run", str(QUICKSTART), "--set", "train.epochs=0"],
+            "train.epochs = 0: Input should be greater than or equal to 1",
+        ),
         (["run", str(QUICKSTART), "--set", "train.epochs"], "write it as section.key=value"),
         (
-            ["run", str(QUICKSTART), "--set", "data.name=fashion_mnist", "--set", "data.root=nowhere", "--set", "rest.port=0"],
+            [
+                "run",
+                str(QUICKSTART),
+                "--set",
+                "data.name=fashion_mnist",
+                "--set",
+                "data.root=nowhere",
+                "--set",
+                "rest.port=0",
+            ],
             "dataset-fashion-mnist",
         ),
         (["status"], "no run in"),
@@ -54,7 +69,9 @@ def test_a_stranger_named_like_a_package_of_ours_is_named(tmp_path: Path) -> Non
     (tmp_path / "trainer.py").write_text("raise SystemExit('the stranger was run')")
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "deploy", "run", str(QUICKSTART)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment, timeout=60)
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment, timeout=60
+    )
 
     assert done.returncode == 1
     assert str(tmp_path / "trainer.py") in done.stderr

@@ -108,6 +108,16 @@ def test_versions_are_published_at_the_documented_steps(
     assert all(torch.equal(last[name], value) for name, value in model.state_dict().items())
 
 
+def test_learning_rate_follows_the_cosine_to_its_end(tmp_path: Path) -> None:
+    """From 0.1 to 0.0017 in 12 steps: without momentum the last step is far shorter than the first ones."""
+    run(tmp_path, make_config(warmup_steps=1, publish_every_steps=1, momentum=0.0))
+    learnt = [name for name, _ in make_model().named_parameters()]
+    published = {one.step: load(one) for one in stable(tmp_path)}
+    w = {step: torch.cat([published[step][name].flatten() for name in learnt]) for step in (1, 2, 11, 12)}
+
+    assert (w[12] - w[11]).norm() < 0.1 * (w[2] - w[1]).norm()
+
+
 @pytest.mark.parametrize("scored", [False, True], ids=["no scores", "scores"])
 def test_seed_decides_the_weights(tmp_path: Path, scored: bool) -> None:
     found = []

@@ -78,10 +78,13 @@ class LocalLeases:
         return answer
 
 
+def open_controller(run: Path, **settings: Any) -> Controller:
+    return Controller(str(run), SAMPLES, "id", ControllerConfig(block_size=8, commit_interval_s=0.01, **settings))
+
+
 @pytest.fixture
 def controller(tmp_path: Path) -> Iterator[Controller]:
-    config = ControllerConfig(block_size=8, commit_interval_s=0.01, lease_timeout_s=0.3)
-    controller = Controller(str(tmp_path), SAMPLES, "id", config)
+    controller = open_controller(tmp_path)
     yield controller
     controller.close()
 
@@ -278,13 +281,15 @@ def failing(errors: int, error: Exception | None) -> Callable[[str], Future[Any]
 
 
 @pytest.mark.parametrize("error", [ServiceError("the controller is gone"), None], ids=["gone", "no answer"])
-def test_the_worker_outlives_a_controller_that_fails(tmp_path, controller, publisher, monkeypatch, error):
+def test_the_worker_outlives_a_controller_that_fails(tmp_path, publisher, monkeypatch, error):
     """Rows that were lost on the way are scored again once their lease has expired."""
     monkeypatch.setattr(scorer.worker, "REPLY_TIMEOUT_S", 0.02)
     publish(publisher, seed=1, step=10)
+    controller = open_controller(tmp_path, lease_timeout_s=0.3)
     worker = make_worker(tmp_path, LocalLeases(controller, failing(3, error)))
     with running(worker):
         wait_for_version(tmp_path, 1)
+    controller.close()
 
     assert worker.scored > SAMPLES
     assert controller.status()["leases_expired"] > 0
