@@ -32,7 +32,7 @@ class RemoteLeases:
         self._controller = controller
 
     def lease(self, scorer_id: str, model_version: int) -> "Future[Lease | None]":
-        return _future(self._controller.lease.remote(scorer_id, model_version))
+        return _future(self._controller.lease.remote(scorer_id, model_version, os.getpid()))
 
     def submit(self, scorer_id: str, lease_id: int, rows: pa.Table) -> "Future[None]":
         return _future(self._controller.submit.remote(scorer_id, lease_id, rows))

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
-import pyarrow as pa
 
 from deploy.cluster import local_cluster
 from deploy.config import RunConfig
@@ -184,7 +183,6 @@ def _summary(opened: Run, result: "TrainResult", status: dict[str, Any]) -> dict
     reader = ScoreReader(opened.scores_uri)
     draws = result.sampler.draws
     version_N = reader.dense("model_version")
-    quarantine = opened.path / "quarantine.arrow"
     return {
         "test_accuracy": result.test_accuracy,
         "steps": result.steps,
@@ -202,7 +200,7 @@ def _summary(opened: Run, result: "TrainResult", status: dict[str, Any]) -> dict
         "trainer_seconds_in_publish": round(result.seconds_in_publish, 6),
         "trainer_seconds_in_sampler": round(result.seconds_in_sampler, 6),
         "trainer_seconds_total": round(result.seconds, 6),
-        "quarantined_rows": pa.ipc.open_file(quarantine.read_bytes()).read_all().num_rows if quarantine.exists() else 0,
+        "quarantined_rows": int(reader.metadata.get("quarantined_rows", 0)),
     }
 
 

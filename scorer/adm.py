@@ -40,9 +40,11 @@ def score_batch(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, attack: Attack) -
         that differ.
     """
     _check_inputs(x_BCHW, y_B, attack)
-    with _undisturbed(model, x_BCHW.device), torch.inference_mode(False):
+    device = x_BCHW.device
+    # The precision of a score is part of what it is: not the caller's autocast.
+    with _undisturbed(model, device), torch.inference_mode(False), torch.autocast(device.type, enabled=False):
         x_BCHW = x_BCHW.clone() if x_BCHW.is_inference() else x_BCHW.detach()
-        y_B = y_B.to(device=x_BCHW.device, dtype=torch.int64, copy=y_B.is_inference())
+        y_B = y_B.to(device=device, dtype=torch.int64, copy=y_B.is_inference())
 
         def gradient(at_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             """The margin's gradient to the input, and on the way logits, margin and q."""
@@ -59,7 +61,7 @@ def score_batch(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, attack: Attack) -
         with torch.no_grad():
             adversarial_BCHW = attack(x_BCHW, grad_BCHW, lambda at_BCHW: gradient(at_BCHW)[0])
             # An input that did not move has a ratio of exactly 1, whatever kernels the second forward uses.
-            same_B = (adversarial_BCHW == x_BCHW).flatten(1).all(1)
+            same_B = (adversarial_BCHW - x_BCHW).flatten(1).abs_().sum(1) == 0
             adversarial_BK = _forward(model, adversarial_BCHW, y_B).double()
             adversarial_BK = torch.where(same_B[:, None], logits_BK, adversarial_BK)
             adversarial_m_B = margin(adversarial_BK, y_B)
@@ -92,17 +94,20 @@ def margin_and_q(logits_BK: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
     """
     label_B1 = y_B[:, None]
     others_BK = logits_BK.scatter(1, label_B1, float("-inf"))
-    lse_B1 = others_BK.logsumexp(1, keepdim=True)
-    return (lse_B1 - logits_BK.gather(1, label_B1)).squeeze(1), (others_BK - lse_B1).exp()
+    most_B1 = others_BK.amax(1, keepdim=True)
+    e_BK = (others_BK - most_B1).exp_()
+    sum_B1 = e_BK.sum(1, keepdim=True)
+    m_B1 = sum_B1.log().add_(most_B1).sub_(logits_BK.gather(1, label_B1))
+    return m_B1.squeeze(1), e_BK.div_(sum_B1)
 
 
 def log_softplus(m_B: Tensor) -> Tensor:
     """ln softplus(m), the log of the cross-entropy at margin m, accurate where the cross-entropy underflows.
 
-    Below m = -10: softplus(m) = e^m (1 - e^m/2 + e^2m/3 - ...), whose log is m - e^m/2 + 5 e^2m/24 - ...
+    Below m = -10: softplus(m) = e^m (1 - e^m/2 + e^2m/3 - ...), whose log is m - e^m/2 but for 5e-10.
     """
-    e_B = m_B.clamp_max(-10.0).exp()
-    return torch.where(m_B < -10.0, m_B - e_B / 2 + 5 * e_B**2 / 24, nn.functional.softplus(m_B.clamp_min(-10.0)).log())
+    near_B = nn.functional.softplus(m_B.clamp_min(-10.0)).log_()
+    return torch.where(m_B < -10.0, m_B - m_B.clamp_max(-10.0).exp_() / 2, near_B)
 
 
 def _forward(model: nn.Module, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
@@ -136,26 +141,28 @@ def _check_inputs(x_BCHW: Tensor, y_B: Tensor, attack: Attack) -> None:
 @contextlib.contextmanager
 def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     """Eval mode inside; afterwards module modes, buffers and the random number generators are as they were."""
-    modes = [(module, module.training) for module in model.modules()]
+    modules = list(model.modules())
+    in_train_mode = [module for module in modules if module.training]
     buffers = [
         (module._buffers, name, buffer, buffer.clone())
-        for module, _ in modes
+        for module in modules
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
     rng = torch.get_rng_state()
     device_rng = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    for module, _ in modes:
+    for module in in_train_mode:
         module.training = False
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module in in_train_mode:
+            module.training = True
         with torch.no_grad():
             for slots, name, buffer, before in buffers:
                 slots[name] = buffer
-                buffer.copy_(before)
+                if not torch.equal(buffer, before):  # a write would spoil a backward pass of the caller's in flight
+                    buffer.copy_(before)
         torch.set_rng_state(rng)
         if device_rng is not None:
             torch.cuda.set_rng_state(device_rng, device)

@@ -44,7 +44,7 @@ class Fgsm:
         _check(self.epsilon, self.norm, self.clamp)
 
     def __call__(self, x_BCHW: Tensor, grad_BCHW: Tensor, gradient: Callable[[Tensor], Tensor]) -> Tensor:
-        return _clamp(x_BCHW + self.epsilon * _direction(grad_BCHW, self.norm), self.clamp)
+        return _clamp(_direction(grad_BCHW, self.norm).mul_(self.epsilon).add_(x_BCHW), self.clamp)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +72,14 @@ class Pgd:
         for step in range(self.steps):
             if step:
                 grad_BCHW = gradient(adversarial_BCHW)
-            moved_BCHW = adversarial_BCHW + self.step_size * _direction(grad_BCHW, self.norm)
-            delta_BCHW = _project(moved_BCHW - x_BCHW, self.epsilon, self.norm)
-            adversarial_BCHW = _clamp(x_BCHW + delta_BCHW, self.clamp)
+            moved_BCHW = _direction(grad_BCHW, self.norm).mul_(self.step_size).add_(adversarial_BCHW)
+            delta_BCHW = _project(moved_BCHW.sub_(x_BCHW), self.epsilon, self.norm)
+            adversarial_BCHW = _clamp(delta_BCHW.add_(x_BCHW), self.clamp)
         return adversarial_BCHW
 
 
 def _direction(grad_BCHW: Tensor, norm: Norm) -> Tensor:
-    """The steepest step of unit norm: sign(g) for L-infinity, g / ||g||_2 per sample for L2; 0 where g is 0."""
+    """The steepest step of unit norm, a new tensor: sign(g) for L-infinity, g / ||g||_2 for L2; 0 where g is 0."""
     if norm == "linf":
         return grad_BCHW.sign()
     # Scaled by the largest entry first: squares of tiny or huge gradients leave float32.
@@ -88,12 +88,12 @@ def _direction(grad_BCHW: Tensor, norm: Norm) -> Tensor:
 
 
 def _project(delta_BCHW: Tensor, epsilon: float, norm: Norm) -> Tensor:
-    """The nearest point of the ball of radius epsilon."""
+    """The nearest point of the ball of radius epsilon; works in place."""
     if norm == "linf":
-        return delta_BCHW.clamp(-epsilon, epsilon)
+        return delta_BCHW.clamp_(-epsilon, epsilon)
     length_B = torch.linalg.vector_norm(delta_BCHW.flatten(1), dim=1)
     factor_B: Tensor = (epsilon / length_B.clamp_min(torch.finfo(length_B.dtype).tiny)).clamp_max(1.0)
-    return delta_BCHW * factor_B.view(-1, *[1] * (delta_BCHW.dim() - 1))
+    return delta_BCHW.mul_(factor_B.view(-1, *[1] * (delta_BCHW.dim() - 1)))
 
 
 def _per_sample(value_B: Tensor, like_BCHW: Tensor) -> Tensor:
@@ -102,7 +102,8 @@ def _per_sample(value_B: Tensor, like_BCHW: Tensor) -> Tensor:
 
 
 def _clamp(x_BCHW: Tensor, clamp: Clamp) -> Tensor:
-    return x_BCHW if clamp is None else x_BCHW.clamp(*clamp)
+    """In place."""
+    return x_BCHW if clamp is None else x_BCHW.clamp_(*clamp)
 
 
 def _check(epsilon: float, norm: str, clamp: Clamp) -> None:

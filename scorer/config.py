@@ -36,5 +36,6 @@ class ScoringConfig(Config):
     @property
     def scoring_id(self) -> str:
         """Hash of what makes rows comparable: attack, precision, kind of weights."""
-        what = {"attack": self.attack.model_dump(), "precision": "float32", "weights": "raw", "rows": 1}
+        unused = {"steps", "step_size"} if self.attack.name == "fgsm" else set()
+        what = {"attack": self.attack.model_dump(exclude=unused), "precision": "float32", "weights": "raw", "rows": 1}
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]

@@ -18,7 +18,7 @@ from scorer.adm import score_batch
 from scorer.attacks import Attack, Fgsm, Pgd
 from scorer.config import AttackConfig
 from shared.checkpoints import Checkpoint, load, stable
-from shared.errors import CheckpointCorrupt, ServiceError, StateError
+from shared.errors import CheckpointCorrupt, CheckpointGone, ServiceError, StateError
 from shared.leases import Lease
 from shared.schema import MEASURED_COLUMNS, SCORE_SCHEMA
 
@@ -47,7 +47,8 @@ class LeaseSource(Protocol):
 def build_attack(config: AttackConfig) -> Attack:
     if config.name == "fgsm":
         return Fgsm(config.epsilon, config.norm)
-    return Pgd(config.epsilon, config.steps, config.step_size or 2.5 * config.epsilon / config.steps, config.norm)
+    step_size = config.step_size or 2.5 * config.epsilon / config.steps or 1.0  # at epsilon 0 any step will do
+    return Pgd(config.epsilon, config.steps, step_size, config.norm)
 
 
 class Worker:
@@ -82,7 +83,7 @@ class Worker:
         self._run_uri = run_uri
         self._leases = leases
         self._batches = batches
-        self._model = model.to(device)
+        self._model = model.to(device).eval()
         self._attack = attack
         self._batch_size = batch_size
         self._poll_interval_s = poll_interval_s
@@ -134,6 +135,8 @@ class Worker:
                 continue
             try:
                 self._model.load_state_dict(load(checkpoint))
+            except CheckpointGone:
+                continue
             except CheckpointCorrupt as error:
                 logger.warning("skipping checkpoint %d: %s", checkpoint.model_version, error)
                 self._corrupt.add(checkpoint.model_version)

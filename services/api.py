@@ -10,9 +10,10 @@ import threading
 from http import HTTPStatus
 from typing import Annotated, Any, Protocol
 
+import orjson
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import ORJSONResponse
+from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
@@ -60,13 +61,19 @@ def create_app(run: Run, *, fleet: Fleet | None = None, token: str | None = None
         token: bearer token for changes; None refuses every change.
         loopback: whether only this machine can connect; else the token is needed for everything.
     """
-    app = FastAPI(title="steppe", description="Difficulty of training samples, live.", default_response_class=Json)
+    # Off loopback everything needs the token, the documentation included; browsers cannot send it, so there is none.
+    documented: dict[str, Any] = {} if loopback else {"openapi_url": None, "docs_url": None, "redoc_url": None}
+    app = FastAPI(
+        title="steppe", description="Difficulty of training samples, live.", default_response_class=Json, **documented
+    )
     difficulty = Difficulty(run)
     lock = threading.Lock()
 
-    def authorise(request: Request) -> None:
-        if loopback and request.method in ("GET", "HEAD"):
-            return
+    def may_read(request: Request) -> None:
+        if not loopback:
+            may_change(request)
+
+    def may_change(request: Request) -> None:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             raise HTTPException(
@@ -80,7 +87,7 @@ def create_app(run: Run, *, fleet: Fleet | None = None, token: str | None = None
             raise ServiceError("this service runs without scorers; start the run with `steppe run`")
         return fleet
 
-    guarded = [Depends(authorise)]
+    reading, changing = [Depends(may_read)], [Depends(may_change)]
 
     @app.get("/livez")
     def livez() -> dict[str, Any]:
@@ -95,21 +102,19 @@ def create_app(run: Run, *, fleet: Fleet | None = None, token: str | None = None
         response.status_code = 503 if missing else 200
         return {"status": "waiting", "reason": missing} if missing else {"status": "ok"}
 
-    @app.get("/v1/samples/{sample_id}", dependencies=guarded)
+    @app.get("/v1/samples/{sample_id}", dependencies=reading)
     def get_sample(sample_id: int) -> dict[str, Any]:
         """All measures, status and ages of one sample."""
         with lock:
             return difficulty.sample(sample_id)
 
-    @app.post("/v1/scores:query")
-    def query_scores(query: ScoresQuery, request: Request) -> dict[str, Any]:
+    @app.post("/v1/scores:query", dependencies=reading)
+    def query_scores(query: ScoresQuery) -> dict[str, Any]:
         """Values, percentiles, statuses and ages of many samples, as columns. Changes nothing."""
-        if not loopback:
-            authorise(request)
         with lock:
             return difficulty.scores(query.ids, query.measure)
 
-    @app.get("/v1/stats", dependencies=guarded)
+    @app.get("/v1/stats", dependencies=reading)
     def get_stats() -> dict[str, Any]:
         """Coverage, ages, counts; with a fleet also rates and quarantine."""
         with lock:
@@ -122,17 +127,17 @@ def create_app(run: Run, *, fleet: Fleet | None = None, token: str | None = None
             stats |= {key: status[key] for key in ("samples_per_second", "quarantined_rows")}
         return stats
 
-    @app.get("/v1/checkpoints", dependencies=guarded)
+    @app.get("/v1/checkpoints", dependencies=reading)
     def get_checkpoints() -> dict[str, Any]:
         """Stable checkpoints, newest first."""
         return {"checkpoints": difficulty.checkpoints()}
 
-    @app.get("/v1/scorers", dependencies=guarded)
+    @app.get("/v1/scorers", dependencies=reading)
     def get_scorers() -> dict[str, Any]:
         """Wanted and registered scorers."""
         return _describe_fleet(the_fleet())
 
-    @app.patch("/v1/scorers", dependencies=guarded)
+    @app.patch("/v1/scorers", dependencies=changing)
     def scale_scorers(wanted: Replicas) -> dict[str, Any]:
         """Set the wanted number of scorers; the driver starts or drains them within a second or so."""
         the_fleet().set_wanted(wanted.replicas)
@@ -148,6 +153,10 @@ def _add_error_handlers(app: FastAPI) -> None:
         status = next((status for kind, status in STATUS_OF_ERROR if isinstance(error, kind)), 500)
         return problem(status, str(error))
 
+    @app.exception_handler(Exception)
+    def on_unexpected_error(_: Request, error: Exception) -> Response:
+        return problem(500, f"{type(error).__name__}: {error}; the service's log has more")
+
     @app.exception_handler(HTTPException)
     def on_http_error(_: Request, error: HTTPException) -> Response:
         headers = {"WWW-Authenticate": "Bearer"} if error.status_code == 401 else {}
@@ -159,8 +168,11 @@ def _add_error_handlers(app: FastAPI) -> None:
         return problem(422, "; ".join(findings))
 
 
-class Json(ORJSONResponse):
+class Json(JSONResponse):
     """JSON in which NaN, which JSON does not know, is null."""
+
+    def render(self, content: Any) -> bytes:
+        return orjson.dumps(content)
 
 
 def problem(status: int, detail: str, headers: dict[str, str] | None = None) -> Response:

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -82,11 +83,10 @@ class BlockTable:
         if held := self._held.get(lease_id):
             held.deadline = math.inf
 
-    def committed(self, block_versions: dict[int, int], lease_ids: list[int]) -> None:
-        """Rows became durable: blocks are as new as their rows, the leases are done."""
-        for block, version in block_versions.items():
+    def committed(self, leases: Iterable[tuple[int, int, int]]) -> None:
+        """Rows of (lease_id, block, model_version) became durable: the blocks are as new as these, the leases done."""
+        for lease_id, block, version in leases:
             self._version_of[block] = max(self._version_of[block], version)
-        for lease_id in lease_ids:
             self._drop(lease_id)
 
     def release(self, scorer_id: str) -> int:

@@ -10,6 +10,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -17,17 +18,20 @@ import pyarrow as pa
 
 from services.blocks import BlockTable
 from services.config import ControllerConfig
-from shared.errors import ConfigError, ServiceError, StoreError
+from shared.errors import ConfigError, ServiceError
 from shared.freshness import DEFAULT_BOUND_PASSES, DEFAULT_BOUND_VERSIONS
 from shared.leases import Lease
 from shared.schema import FLOAT_COLUMNS, QUARANTINE_SCHEMA
 from shared.score_store import ScoreReader, ScoreWriter
 from shared.storage import Folder, local_path
+from shared.store_view import fold
 
 logger = logging.getLogger(__name__)
 
 RATE_WINDOW_S = 10.0
 MAX_REPLICAS = 1024
+ATTEMPTS_AT_CLOSE = 5
+QUARANTINE_FILE = "quarantine.arrow"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +61,7 @@ class Controller:
         run_uri: the run folder.
         num_samples: N.
         scoring_id: what makes rows comparable; the store's must be the same.
-        wanted: scorers to begin with.
+        wanted: scorers to begin with; a restarted controller takes the last wish from the store.
     """
 
     def __init__(
@@ -70,18 +74,19 @@ class Controller:
         self._blocks = BlockTable(num_samples, config.block_size, config.permutation_seed)
         reader = ScoreReader(scores)
         self._blocks.restore(reader.dense("model_version"))
-        self._wanted = wanted
+        self._wanted = int(reader.metadata.get("wanted", wanted))
         self._scorers: dict[str, dict[str, Any]] = {}
         self._submitted: list[tuple[int, int, int]] = []  # lease, block, model_version of rows not yet committed
-        self._rows_pending = False
-        self._passes = _Passes(reader.metadata)
-        self._quarantine: list[pa.Table] = self._read_quarantine()
+        self._work_pending = False  # rows, or notes, that are not committed
+        self._passes = _Passes(len(self._blocks), reader.metadata)
+        self._quarantine = _Quarantine(self._run, int(reader.metadata.get("quarantined_rows", 0)))
         self._rates: collections.deque[tuple[float, int]] = collections.deque()
         self._first_submit = self._last_submit = 0.0
         self._received = 0
-        self._failure: BaseException | None = None
+        self._trouble: Exception | None = None  # the last commit failed and is tried again
+        self._failure: Exception | None = None  # no commit is possible any more
         self._lock = threading.RLock()
-        self._rows_came = threading.Condition(self._lock)
+        self._came = threading.Condition(self._lock)
         self._closing = False
         self._thread = threading.Thread(target=self._commit_loop, name="commits", daemon=True)
         self._thread.start()
@@ -91,14 +96,18 @@ class Controller:
     def register(self, scorer_id: str, pid: int) -> None:
         """A scorer is up: it has its data and waits for weights."""
         with self._lock:
-            self._scorers[scorer_id] = {"scorer_id": scorer_id, "pid": pid, "scored": 0, "model_version": 0}
+            known = {"scorer_id": scorer_id, "pid": pid, "scored": 0, "model_version": 0}
+            self._scorers.setdefault(scorer_id, known)
 
-    def lease(self, scorer_id: str, model_version: int) -> Lease | None:
-        """A block not yet scored at `model_version`; None when there is none now."""
+    def lease(self, scorer_id: str, model_version: int, pid: int = 0) -> Lease | None:
+        """A block not yet scored at `model_version`; None when there is none now.
+
+        A scorer that registered with an earlier life of this controller is registered again.
+        """
         with self._lock:
             self._check()
-            if scorer_id in self._scorers:
-                self._scorers[scorer_id]["model_version"] = model_version
+            self.register(scorer_id, pid)
+            self._scorers[scorer_id]["model_version"] = model_version
             return self._blocks.lease(scorer_id, model_version, time.monotonic(), self._config.lease_timeout_s)
 
     def submit(self, scorer_id: str, lease_id: int, rows: pa.Table) -> None:
@@ -108,22 +117,20 @@ class Controller:
         """
         with self._lock:
             self._check()
-            bad = np.zeros(rows.num_rows, dtype=bool)
+            finite = np.ones(rows.num_rows, dtype=bool)
             for name in FLOAT_COLUMNS:
-                bad |= ~np.isfinite(rows.column(name).to_numpy())
-            if bad.any():
-                self._put_in_quarantine(rows.filter(pa.array(bad)), "a measured value is not finite")
-                rows_good = rows.filter(pa.array(~bad))
-            else:
-                rows_good = rows
-            self._writer.append(rows_good)
+                finite &= np.isfinite(rows.column(name).to_numpy())
+            if not finite.all():
+                self._quarantine.add(rows.filter(pa.array(~finite)), "a measured value is not finite")
+            self._writer.append(rows.filter(pa.array(finite)))
             block = self._blocks.block_of(lease_id)
             if block is not None:
+                version = int(rows.column("model_version")[0].as_py())
                 self._blocks.submitted(lease_id)
-                self._submitted.append((lease_id, block, int(rows.column("model_version")[0].as_py())))
+                self._submitted.append((lease_id, block, version))
+                self._passes.scored(block, version)
             self._count(scorer_id, rows.num_rows)
-            self._rows_pending = True
-            self._rows_came.notify()
+            self._wake()
 
     def release(self, scorer_id: str) -> int:
         """A scorer hands back its leases; returns how many."""
@@ -150,6 +157,7 @@ class Controller:
             raise ConfigError(f"replicas is {replicas}; it must lie in 0..{MAX_REPLICAS}")
         with self._lock:
             self._wanted = replicas
+            self._wake()
 
     def status(self) -> dict[str, Any]:
         """Numbers for people and REST."""
@@ -168,58 +176,68 @@ class Controller:
                 "samples_per_second_mean": self._received / max(self._last_submit - self._first_submit, 1e-9)
                 if self._last_submit > self._first_submit
                 else 0.0,
-                "quarantined_rows": sum(table.num_rows for table in self._quarantine),
-                "failure": str(self._failure) if self._failure else None,
+                "quarantined_rows": self._quarantine.count,
+                "trouble": str(self._failure or self._trouble or "") or None,
             }
 
     def close(self) -> None:
-        """Commit what came in and end."""
+        """Commit what came in and end. Raises ServiceError when that is not possible."""
         with self._lock:
             self._closing = True
-            self._rows_came.notify()
+            self._came.notify()
         self._thread.join()
         self._check()
 
     # -- inside ----------------------------------------------------------------------------------------------------
 
     def _commit_loop(self) -> None:
+        attempts_at_close = 0
         while True:
             with self._lock:
-                self._rows_came.wait_for(lambda: self._rows_pending or self._closing)
+                self._came.wait_for(lambda: self._work_pending or self._closing)
                 closing = self._closing
             try:
                 self._commit()
                 if closing:
                     self._writer.close()
                     return
-            except OSError as error:  # such as a full disk: the rows are still pending, so try again
+            except OSError as error:  # such as a full disk: the rows are still pending
                 logger.exception("a commit failed, it is tried again")
+                attempts_at_close += closing
                 with self._lock:
-                    self._failure, self._rows_pending = error, True
-            except StoreError as error:
+                    self._trouble, self._work_pending = error, True
+                    if attempts_at_close == ATTEMPTS_AT_CLOSE:
+                        self._failure = error
+                        return
+            except Exception as error:
                 logger.exception("the score store cannot be written any more")
                 self._failure = error
                 return
-            with self._lock:
-                self._rows_came.wait_for(lambda: self._closing, timeout=self._config.commit_interval_s)  # paces commits
+            with self._lock:  # paces commits
+                if self._trouble:
+                    self._came.wait(self._config.commit_interval_s)
+                else:
+                    self._came.wait_for(lambda: self._closing, self._config.commit_interval_s)
 
     def _commit(self) -> None:
         with self._lock:
-            self._rows_pending = False
+            self._work_pending = False
             submitted = list(self._submitted)
-            blocks: dict[int, int] = {}
-            for _, block, version in submitted:
-                blocks[block] = max(version, blocks.get(block, 0))
-            self._passes.scored(blocks)
-        self._writer.commit(self._passes.metadata(len(self._blocks)))
+            notes = self._passes.notes() | {"wanted": self._wanted, "quarantined_rows": self._quarantine.count}
+        self._quarantine.save()
+        self._writer.commit(notes)
         with self._lock:
-            self._failure = None
-            self._blocks.committed(blocks, [lease_id for lease_id, _, _ in submitted])
+            self._trouble = None
+            self._blocks.committed(submitted)
             del self._submitted[: len(submitted)]
 
+    def _wake(self) -> None:
+        self._work_pending = True
+        self._came.notify()
+
     def _check(self) -> None:
-        if isinstance(self._failure, StoreError):
-            raise ServiceError(f"the controller lost its score store: {self._failure}")
+        if self._failure is not None:
+            raise ServiceError(f"the controller cannot commit any more: {self._failure}")
 
     def _count(self, scorer_id: str, rows: int) -> None:
         now = time.monotonic()
@@ -238,53 +256,70 @@ class Controller:
             return 0.0
         return sum(rows for _, rows in self._rates) / max(now - self._rates[0][0], 1.0)
 
-    def _read_quarantine(self) -> list[pa.Table]:
-        path = self._run.path / "quarantine.arrow"
-        return [pa.ipc.open_file(path.read_bytes()).read_all()] if path.exists() else []
 
-    def _put_in_quarantine(self, rows: pa.Table, reason: str) -> None:
-        self._quarantine.append(rows.append_column("reason", pa.array([reason] * rows.num_rows)))
-        table = pa.concat_tables(self._quarantine).cast(QUARANTINE_SCHEMA).combine_chunks()
+class _Quarantine:
+    """Rows that must not count, with the reason: the latest one of each sample in a file, all of them counted."""
+
+    def __init__(self, run: Folder, count: int) -> None:
+        self._run = run
+        self.count = count
+        self._lock = threading.Lock()
+        self._rows = self._saved = QUARANTINE_SCHEMA.empty_table()
+        if QUARANTINE_FILE in run.names():
+            self._rows = self._saved = pa.ipc.open_file(run.read(QUARANTINE_FILE)).read_all()
+
+    def add(self, rows: pa.Table, reason: str) -> None:
+        logger.warning("%d rows in quarantine: %s", rows.num_rows, reason)
+        named = rows.append_column("reason", pa.array([reason] * rows.num_rows)).cast(QUARANTINE_SCHEMA)
+        with self._lock:
+            self.count += rows.num_rows
+            self._rows = fold([self._rows, named])
+
+    def save(self) -> None:
+        """Durable on return; nothing to do when nothing was added."""
+        with self._lock:
+            rows = self._rows
+        if rows is self._saved:
+            return
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, QUARANTINE_SCHEMA) as file:
-            file.write_table(table)
-        self._run.put("quarantine.arrow", sink.getvalue())
-        self._quarantine = [table]
-        logger.warning("%d rows in quarantine: %s", rows.num_rows, reason)
+            file.write_table(rows)
+        self._run.put(QUARANTINE_FILE, sink.getvalue())
+        self._saved = rows
 
 
 class _Passes:
-    """How long a full scoring pass is, in versions, from the blocks as they are scored; kept in the store's metadata.
+    """How long a full scoring pass is, in versions, from the blocks as their scores come in.
 
-    A pass ends when every block has been scored since it began; its length is the rise of the newest scored version
-    meanwhile. The staleness bound is 4 versions or 2 passes, whichever is more.
+    A pass ends when every block has been scored since it began; its length counts the versions from its first to its
+    newest. The staleness bound is 4 versions or 2 passes, whichever is more. Notes go with each commit, so that all
+    readers agree and a restarted controller goes on.
     """
 
-    def __init__(self, metadata: Any) -> None:
-        self._length = int(metadata.get("pass_versions", 0))
-        self._seen_before = int(metadata.get("newest_scored_version", 0))
-        self._versions_before = int(metadata.get("model_versions_scored", 0))
+    def __init__(self, num_blocks: int, notes: Mapping[str, Any]) -> None:
+        self._num_blocks = num_blocks
+        self._length = int(notes.get("pass_versions", 0))
+        self._newest_before = self._newest = int(notes.get("newest_scored_version", 0))
+        self._count_before = int(notes.get("model_versions_scored", 0))
         self._versions: set[int] = set()
-        self._newest = self._seen_before
         self._began_at: int | None = None
         self._done: set[int] = set()
 
-    def scored(self, blocks: dict[int, int]) -> None:
-        for block, version in blocks.items():
-            if version > self._seen_before:
-                self._versions.add(version)
-            self._newest = max(self._newest, version)
-            self._began_at = version if self._began_at is None else self._began_at
-            self._done.add(block)
-
-    def metadata(self, num_blocks: int) -> dict[str, Any]:
-        if len(self._done) >= num_blocks and self._began_at is not None:
+    def scored(self, block: int, version: int) -> None:
+        if version > self._newest_before:
+            self._versions.add(version)
+        self._newest = max(self._newest, version)
+        self._began_at = version if self._began_at is None else self._began_at
+        self._done.add(block)
+        if len(self._done) == self._num_blocks:
             self._length = max(self._newest - self._began_at, 0) + 1
             self._done.clear()
             self._began_at = None
+
+    def notes(self) -> dict[str, Any]:
         return {
             "pass_versions": self._length,
             "staleness_bound": max(DEFAULT_BOUND_VERSIONS, DEFAULT_BOUND_PASSES * self._length),
             "newest_scored_version": self._newest,
-            "model_versions_scored": self._versions_before + len(self._versions),
+            "model_versions_scored": self._count_before + len(self._versions),
         }

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from shared.catalogue import Run
 from shared.checkpoints import newest, stable
@@ -46,37 +47,14 @@ class Difficulty:
 
     def scores(self, ids: npt.ArrayLike, measure: str = "adm") -> dict[str, Any]:
         """Columns for `ids`, in the order asked. Raises DataError for an unknown id, ConfigError for a measure."""
-        rule = find_measure(measure)
         reader = self.refresh()
-        rows = reader.lookup(ids)
-        checkpoint = newest(self.run.path)
-        newest_version = checkpoint.model_version if checkpoint else 0
-        version_B = rows.column("model_version").fill_null(-1).to_numpy()
-        age_B = age_versions(version_B, newest_version)
-        scored_B = version_B >= 0
-        value_B = rule.show({name: rows.column(name).to_numpy() for name in rule.columns})
-        percentile_B = self._percentiles_of(reader, measure)[rows.column("sample_id").to_numpy()]
-        step_B = rows.column("step").fill_null(-1).to_numpy()
-        return {
-            "measure": measure,
-            "meaning": f"higher is more difficult: {rule.meaning}",
-            "store_version": reader.version,
-            "newest_model_version": newest_version,
-            "staleness_bound": staleness_bound(reader.metadata),
-            "sample_id": rows.column("sample_id").to_pylist(),
-            "value": _nullable(value_B, scored_B),
-            "percentile": _nullable(percentile_B, scored_B),
-            "status": statuses(age_B, staleness_bound(reader.metadata)).tolist(),
-            "age_versions": _nullable(age_B, scored_B),
-            "age_steps": _nullable(np.maximum((checkpoint.step if checkpoint else 0) - step_B, 0), scored_B),
-            "model_version": _nullable(version_B, scored_B),
-            "step": _nullable(step_B, scored_B),
-        }
+        return self._describe(reader, reader.lookup(ids), measure)
 
     def sample(self, sample_id: int) -> dict[str, Any]:
         """Everything known of one sample: each measure, status, ages. Raises DataError for an unknown id."""
-        columns = self.scores([sample_id])
-        row = self.refresh().lookup([sample_id])
+        reader = self.refresh()
+        row = reader.lookup([sample_id])
+        columns = self._describe(reader, row, "adm")
         scored = columns["status"][0] != "unscored"
         measures = {
             name: rule.show({column: row.column(column).to_numpy() for column in rule.columns}).item()
@@ -138,6 +116,32 @@ class Difficulty:
         except StoreError as error:
             return str(error)
         return None if reader.version else "no scores are committed yet"
+
+    def _describe(self, reader: ScoreReader, rows: pa.Table, measure: str) -> dict[str, Any]:
+        rule = find_measure(measure)
+        checkpoint = newest(self.run.path)
+        newest_version = checkpoint.model_version if checkpoint else 0
+        version_B = rows.column("model_version").fill_null(-1).to_numpy()
+        age_B = age_versions(version_B, newest_version)
+        scored_B = version_B >= 0
+        value_B = rule.show({name: rows.column(name).to_numpy() for name in rule.columns})
+        percentile_B = self._percentiles_of(reader, measure)[rows.column("sample_id").to_numpy()]
+        step_B = rows.column("step").fill_null(-1).to_numpy()
+        return {
+            "measure": measure,
+            "meaning": f"higher is more difficult: {rule.meaning}",
+            "store_version": reader.version,
+            "newest_model_version": newest_version,
+            "staleness_bound": staleness_bound(reader.metadata),
+            "sample_id": rows.column("sample_id").to_pylist(),
+            "value": _nullable(value_B, scored_B),
+            "percentile": _nullable(percentile_B, scored_B),
+            "status": statuses(age_B, staleness_bound(reader.metadata)).tolist(),
+            "age_versions": _nullable(age_B, scored_B),
+            "age_steps": _nullable(np.maximum((checkpoint.step if checkpoint else 0) - step_B, 0), scored_B),
+            "model_version": _nullable(version_B, scored_B),
+            "step": _nullable(step_B, scored_B),
+        }
 
     def _percentiles_of(self, reader: ScoreReader, measure: str) -> npt.NDArray[np.float64]:
         known = self._percentiles.get(measure)

@@ -33,7 +33,8 @@ class Server:
 
     def stop(self) -> None:
         self._server.should_exit = True
-        self._thread.join(timeout=START_TIMEOUT_S)
+        if self._thread.ident is not None:
+            self._thread.join(timeout=START_TIMEOUT_S)
         self._socket.close()
 
 

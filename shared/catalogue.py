@@ -7,6 +7,7 @@ token           the bearer token for changes, mode 0600
 summary.json    what came of it
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -51,14 +52,17 @@ class Run:
                 "scoring_id": scoring_id,
                 "config": config,
             }
-            if not folder.create("run.json", _json(description)):
-                raise RunError(f"{path} already holds a run; choose another folder with --set run.folder=...")
+            taken = RunError(f"{path} already holds a run; choose another folder with --set run.folder=...")
+            if "run.json" in folder.names():
+                raise taken
             ids = np.arange(len(train))
             samples = pa.table({"sample_id": ids, "key": [str(i) for i in ids], "label": train.label_N})
             sink = pa.BufferOutputStream()
             with pa.ipc.new_file(sink, samples.schema) as file:
                 file.write_table(samples)
             folder.put("samples.arrow", sink.getvalue())
+            if not folder.create("run.json", _json(description)):  # last: what has it is whole
+                raise taken
         except OSError as error:
             raise RunError(f"cannot write the run folder {path}: {error.strerror}; set run.folder") from error
         return cls(path)
@@ -119,7 +123,10 @@ class Run:
 def newest_run(root: Uri) -> Run:
     """The run below `root` that was created last. Raises RunError when there is none."""
     folder = local_path(root)
-    runs = [Run(path.parent) for path in folder.glob("*/run.json")]
+    runs = []
+    for path in folder.glob("*/run.json"):
+        with contextlib.suppress(RunError):  # a damaged one hides no other
+            runs.append(Run(path.parent))
     if not runs:
         raise RunError(f"no run in {folder}; name a run folder, or start one with `steppe run CONFIG`")
     return max(runs, key=lambda run: str(run.description["created_at"]))

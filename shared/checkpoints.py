@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shared.errors import CheckpointCorrupt, CheckpointError, PerturbedWeights
+from shared.errors import CheckpointCorrupt, CheckpointError, CheckpointGone, PerturbedWeights
 from shared.storage import Folder, local_path
 
 if TYPE_CHECKING:
@@ -159,7 +159,7 @@ def newest(uri: Uri) -> Checkpoint | None:
 def stable(uri: Uri) -> Iterator[Checkpoint]:
     """Stable checkpoints of the run folder `uri`, newest first. One whose description is damaged is passed over."""
     folder = Folder(local_path(uri) / "checkpoints")
-    for name in reversed(folder.names()):
+    for name in reversed(_versions(folder)):
         path = folder.path / name
         if not (path / "STABLE").exists():
             continue
@@ -175,14 +175,16 @@ def stable(uri: Uri) -> Iterator[Checkpoint]:
 
 
 def load(checkpoint: Checkpoint) -> "dict[str, torch.Tensor]":
-    """The state dict, on the CPU. Raises CheckpointCorrupt when the weights are gone or do not match their checksum."""
+    """The state dict, on the CPU. Raises CheckpointGone, or CheckpointCorrupt when the checksum does not match."""
     import safetensors.torch
 
     path = checkpoint.path / "weights.safetensors"
     try:
         data = path.read_bytes()
     except FileNotFoundError as error:
-        raise CheckpointCorrupt(f"{path} is gone; keep_last removed it or it was deleted") from error
+        if (checkpoint.path / "STABLE").exists():
+            raise CheckpointCorrupt(f"{path} is missing from a stable checkpoint; it is skipped") from error
+        raise CheckpointGone(f"{path} was removed; newer checkpoints are there") from error
     found = hashlib.sha256(data).hexdigest()
     if found != checkpoint.sha256:
         raise CheckpointCorrupt(f"{path} ({len(data)} bytes) does not match its checksum; it is skipped")
@@ -192,10 +194,14 @@ def load(checkpoint: Checkpoint) -> "dict[str, torch.Tensor]":
 
 def _host_copy(model: "torch.nn.Module") -> "tuple[dict[str, torch.Tensor], dict[str, str]]":
     """Contiguous host copies by name, and which further names share a tensor with one of these."""
+    import torch
+
     copies: dict[str, torch.Tensor] = {}
     tied: dict[str, str] = {}
     seen: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, torch.Tensor):
+            raise CheckpointError(f"{name} is a {type(tensor).__name__}; a checkpoint holds tensors only")
         if (other := seen.setdefault(id(tensor), name)) != name:
             tied[name] = other
         else:
@@ -222,7 +228,7 @@ def _write(folder: Folder, step: int, tensors: "dict[str, torch.Tensor]", tied: 
 
 def _remove_old(folder: Folder, keep_last: int) -> None:
     """Remove all versions below the `keep_last` newest stable ones. STABLE goes first, so that none is half there."""
-    names = folder.names()
+    names = _versions(folder)
     kept = [name for name in names if (folder.path / name / "STABLE").exists()][-keep_last:]
     for name in names[: names.index(kept[0])] if kept else []:
         (folder.path / name / "STABLE").unlink(missing_ok=True)
@@ -230,7 +236,11 @@ def _remove_old(folder: Folder, keep_last: int) -> None:
 
 
 def _highest(folder: Folder) -> int:
-    return max((int(name[1:]) for name in folder.names()), default=0)
+    return max((int(name[1:]) for name in _versions(folder)), default=0)
+
+
+def _versions(folder: Folder) -> list[str]:
+    return [name for name in folder.names() if name[0] == "v" and name[1:].isdecimal()]
 
 
 def _name(version: int) -> str:

@@ -4,6 +4,7 @@ Each process's own settings stand beside it (`trainer/config.py` and so on); the
 trainer and scorers must agree, stand here.
 """
 
+import datetime
 import difflib
 import os
 import tomllib
@@ -19,7 +20,7 @@ from shared.errors import ConfigError
 class Config(BaseModel):
     """Base of all settings: immutable, and unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
 
 class DataConfig(Config):
@@ -61,13 +62,15 @@ def read_config(kind: type[C], path: str | os.PathLike[str], settings: Sequence[
 
 
 def _apply(values: dict[str, Any], setting: str) -> None:
-    key, equals, text = setting.partition("=")
+    key, equals, text = (part.strip() for part in setting.partition("="))
     if not equals or not all(key.split(".")):
         raise ConfigError(f"--set {setting!r}: write it as section.key=value")
     try:
         value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         value = text  # a bare word is a string
+    if isinstance(value, datetime.date | datetime.time):
+        value = text  # no setting is a date, but a folder may be named after one
     *sections, last = key.split(".")
     for section in sections:
         values = values.setdefault(section, {})

@@ -8,6 +8,7 @@ import dataclasses
 import gzip
 import hashlib
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -104,15 +105,7 @@ def _fashion_mnist(config: DataConfig) -> Dataset:
         FashionMNIST(str(root), download=True)
         folder = root / "FashionMNIST" / "raw"
     try:
-        splits = [
-            Images(
-                _read_idx(folder / f"{part}-images-idx3-ubyte", 3)[:, None],
-                _read_idx(folder / f"{part}-labels-idx1-ubyte", 1).astype(np.int64),
-                white=255,
-                num_classes=10,
-            )
-            for part in ("train", "t10k")
-        ]
+        splits = [_read_idx_split(folder, part) for part in ("train", "t10k")]
     except FileNotFoundError as error:
         raise DatasetMissing(
             f"Fashion-MNIST is not at {folder}: {error.filename} is missing. Either install Debian's package "
@@ -122,6 +115,16 @@ def _fashion_mnist(config: DataConfig) -> Dataset:
     return Dataset("fashion_mnist", *splits)
 
 
+def _read_idx_split(folder: Path, part: str) -> Images:
+    image_file, label_file = folder / f"{part}-images-idx3-ubyte", folder / f"{part}-labels-idx1-ubyte"
+    pixels, labels = _read_idx(image_file, 3), _read_idx(label_file, 1)
+    if len(pixels) != len(labels):
+        raise DataError(f"{image_file} has {len(pixels)} images, {label_file} {len(labels)} labels")
+    if len(labels) and labels.max() > 9:
+        raise DataError(f"{label_file} has the label {labels.max()}; Fashion-MNIST has 0..9")
+    return Images(pixels[:, None], labels.astype(np.int64), white=255, num_classes=10)
+
+
 def _read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
     """An IDX file of unsigned bytes, `path` or `path`.gz: two zeros, type 8, rank, sizes (big endian), values."""
     if path.exists():
@@ -129,7 +132,7 @@ def _read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
     else:
         try:
             data = gzip.decompress(Path(f"{path}.gz").read_bytes())
-        except (EOFError, gzip.BadGzipFile) as error:
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise DataError(f"{path}.gz is damaged: {error}; fetch it again") from error
     head = 4 + 4 * dimensions
     if len(data) < head or data[:4] != bytes([0, 0, 8, dimensions]):

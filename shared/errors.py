@@ -10,6 +10,7 @@
     │   └── Fenced                     another writer took over
     ├── CheckpointError                the checkpoint feed
     │   ├── CheckpointCorrupt          weights that do not match their checksum
+    │   ├── CheckpointGone             weights that were removed meanwhile
     │   └── PerturbedWeights           publishing between SAM's two steps
     ├── StateError (ValueError)        a state dict that does not fit, steps out of order
     ├── RunError                       a run folder that is missing or of another data set
@@ -56,7 +57,11 @@ class CheckpointError(SteppeError):
 
 
 class CheckpointCorrupt(CheckpointError):
-    """Published weights that do not match their checksum, or are gone."""
+    """Published weights that do not match their checksum."""
+
+
+class CheckpointGone(CheckpointError):
+    """Published weights that were removed meanwhile."""
 
 
 class PerturbedWeights(CheckpointError):

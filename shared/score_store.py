@@ -12,7 +12,8 @@ carries its own checksum. Its *version* counts commits of rows; its *generation*
 version, a takeover or a compaction a new generation of the same version. A manifest is created only if its
 generation is absent (link), after everything that it names is durable. That one operation is the commit, and the fence:
 a successor's first act is to create the next generation, so that the old writer's next manifest finds its place taken.
-Files that no manifest names do not exist for readers; they are removed later.
+Manifests of takeovers are kept for ever for that reason; of the others, those that time travel needs. Files that no
+such manifest names do not exist for readers; they are removed when they are older than a minute.
 
 The *latest row* of a sample is that of the highest model_version, of equal ones that of the later commit.
 """
@@ -20,6 +21,7 @@ The *latest row* of a sample is that of the highest model_version, of equal ones
 import contextlib
 import dataclasses
 import datetime
+import logging
 import os
 import secrets
 import threading
@@ -35,6 +37,8 @@ from shared.schema import SCORE_SCHEMA
 from shared.store_files import Manifest, StoreFiles
 from shared.store_view import StoreView, column_array
 
+logger = logging.getLogger(__name__)
+
 COMPACT_AFTER_FRAGMENTS = 64
 
 Uri = str | os.PathLike[str]
@@ -43,7 +47,7 @@ Uri = str | os.PathLike[str]
 class ScoreWriter:
     """The store's one writer. Opening it takes the store over at once: an older writer's next commit raises Fenced.
 
-    Threads may append while one commits. Appending the same rows again changes nothing.
+    Threads may append while one commits. Appending a sample's latest row again changes nothing.
 
     Args:
         uri: the store's folder; created when missing.
@@ -63,6 +67,7 @@ class ScoreWriter:
         self._keep_versions = keep_versions
         self._token = secrets.token_hex(8)
         self._pending: list[pa.Table] = []
+        self._in_flight: list[pa.Table] = []  # of a commit that failed half-way: still pending, or visible after all
         self._pending_lock = threading.Lock()
         self._commit_lock = threading.Lock()
         self._state = "open"
@@ -89,44 +94,59 @@ class ScoreWriter:
         """Add score rows, any ids in any order, to the next commit. Raises StoreMismatch for rows that do not fit."""
         rows = _conform(table, self.num_samples)
         with self._pending_lock:
-            self._check_open()
+            self._check_open(appending=True)
             if rows.num_rows:
                 self._pending.append(rows)
 
     def commit(self, metadata: Mapping[str, Any] | None = None) -> int:
-        """Make all appended rows visible and durable; returns the store version. Without new rows nothing happens.
+        """Make all appended rows visible and durable; returns the store version.
+
+        Without new rows the version stays; new `metadata` is written all the same.
 
         Raises Fenced when another writer took over. After an OSError the rows are still pending: commit again.
         """
         with self._commit_lock:
+            self._check_open()
             self._settle()
             with self._pending_lock:
-                self._check_open()
                 pending, self._pending = self._pending, []
+            self._in_flight = pending
             try:
                 rows = self._without_known(pa.concat_tables(pending)) if pending else SCORE_SCHEMA.empty_table()
                 if rows.num_rows:
                     self._commit(rows, metadata)
+                elif metadata is not None and dict(metadata) != self._manifest.metadata:
+                    self._advance(metadata=dict(metadata))
             except BaseException:
                 with self._pending_lock:
                     self._pending = pending + self._pending
                 raise
             if len(self._manifest.fragments) >= COMPACT_AFTER_FRAGMENTS:
-                self._compact()
+                try:
+                    self._compact()
+                except (OSError, StoreError) as error:  # the rows are committed; compaction is tried again next time
+                    logger.warning("the score store could not be compacted now: %s", error)
             return self._manifest.version
 
     def compact(self) -> None:
         """Fold snapshot and fragments into one snapshot and remove what no kept version needs. No new version."""
         with self._commit_lock:
-            self._settle()
             self._check_open()
+            self._settle()
             self._compact()
 
     def close(self) -> None:
-        """Commit what is pending and end. Twice is fine."""
-        if self._state == "open":
+        """Commit what is pending and end. Twice is fine. After an OSError the writer is still open."""
+        with self._pending_lock:
+            if self._state != "open":
+                return
+            self._state = "closing"
+        try:
             self.commit()
-            self._state = "closed"
+        except OSError:
+            self._state = "open"
+            raise
+        self._state = "closed"
 
     def __enter__(self) -> "ScoreWriter":
         return self
@@ -134,8 +154,8 @@ class ScoreWriter:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _check_open(self) -> None:
-        if self._state == "closed":
+    def _check_open(self, appending: bool = False) -> None:
+        if self._state == "closed" or (appending and self._state == "closing"):
             raise StoreError("this ScoreWriter is closed; open a new one")
         if self._state == "fenced":
             raise Fenced(f"another writer took over {self._store.path}; this one can commit no more")
@@ -144,9 +164,10 @@ class ScoreWriter:
         while True:
             last = self._store.newest()
             if last is None:
-                manifest = Manifest(1, 0, self._token, _now(), 0, None, (), {})
+                manifest = Manifest(1, 0, self._token, _now(), 0, None, (), {}, takes_over=True)
             else:
-                manifest = dataclasses.replace(last, generation=last.generation + 1, writer=self._token)
+                generation = last.generation + 1
+                manifest = dataclasses.replace(last, generation=generation, writer=self._token, takes_over=True)
             if self._store.write_manifest(manifest):
                 return manifest
 
@@ -164,7 +185,9 @@ class ScoreWriter:
         np.maximum.at(self._latest_version_N, ids, column_array(rows, "model_version"))
 
     def _advance(self, **changes: Any) -> None:
-        manifest = dataclasses.replace(self._manifest, generation=self._manifest.generation + 1, **changes)
+        manifest = dataclasses.replace(
+            self._manifest, generation=self._manifest.generation + 1, takes_over=False, **changes
+        )
         self._unsure = True
         created = self._store.write_manifest(manifest)
         self._unsure = False
@@ -174,18 +197,21 @@ class ScoreWriter:
         self._manifest = manifest
 
     def _settle(self) -> None:
-        """After a failed manifest write: was it made after all? Then go on from it; its rows are dropped as known."""
+        """After a failed manifest write: was it made after all? Then go on from it, and its rows are not pending."""
         if not self._unsure:
             return
         made = self._store.read_manifest(self._manifest.generation + 1)
         if made is not None and made.writer == self._token:
+            if made.version > self._manifest.version:
+                with self._pending_lock:
+                    del self._pending[: len(self._in_flight)]
             self._manifest = made
             self._reader.refresh()
             self._latest_version_N = self._reader.dense("model_version")
         self._unsure = False
 
     def _without_known(self, rows: pa.Table) -> pa.Table:
-        """Drop rows that are in the store to the last bit: a scorer may send a block twice."""
+        """Drop rows that are a sample's latest already, to the last bit: a scorer may send a block twice."""
         ids, versions = column_array(rows, "sample_id"), column_array(rows, "model_version")
         suspects = np.flatnonzero(self._latest_version_N[ids] == versions)
         if not len(suspects):
@@ -200,18 +226,19 @@ class ScoreWriter:
                 equal |= np.isnan(new) & np.isnan(old)
             same &= equal
         keep = np.ones(len(ids), dtype=bool)
-        keep[suspects[same]] = False
+        # A known row that comes with a different one of the same version must stay, to be the later of the two.
+        keep[suspects] = np.isin(ids[suspects], ids[suspects][~same])
         return rows.filter(pa.array(keep))
 
     def _compact(self) -> None:
-        if not self._manifest.fragments:
-            return
-        self._reader.refresh()
-        rows = self._reader.snapshot()
         version = self._manifest.version
-        part = self._store.write_part("snapshots", f"{version:012d}-{self._token}", rows, version)
-        self._advance(snapshot=part, fragments=())
-        self._store.collect(self._manifest, oldest_version=version - self._keep_versions)
+        if self._manifest.fragments:
+            self._reader.refresh()
+            part = self._store.write_part(
+                "snapshots", f"{version:012d}-{self._token}", self._reader.snapshot(), version
+            )
+            self._advance(snapshot=part, fragments=())
+        self._store.collect(oldest_version=version - self._keep_versions)
 
 
 class ScoreReader:
@@ -287,11 +314,13 @@ class ScoreReader:
 
         Raises DataError for an id outside 0..N-1.
         """
-        wanted = np.asarray(ids, dtype=np.int64).reshape(-1)
+        wanted = np.asarray(ids).reshape(-1)
+        if len(wanted) and wanted.dtype.kind not in "iu":
+            raise DataError(f"sample ids are {wanted.dtype}; they must be integers in 0..{self.num_samples - 1}")
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= self.num_samples):
             wrong = wanted[(wanted < 0) | (wanted >= self.num_samples)][0]
             raise DataError(f"sample_id {wrong} is outside 0..{self.num_samples - 1}")
-        return self._view.rows_of(wanted).select(SCORE_SCHEMA.names)
+        return self._view.rows_of(wanted.astype(np.int64)).select(SCORE_SCHEMA.names)
 
     def changes(self, since: int) -> pa.Table:
         """The latest rows of samples whose latest row came after store version `since`, sorted by sample_id."""
@@ -321,9 +350,12 @@ class ScoreReader:
 def _conform(table: pa.Table | pa.RecordBatch, num_samples: int) -> pa.Table:
     rows = pa.Table.from_batches([table]) if isinstance(table, pa.RecordBatch) else table
     if sorted(rows.column_names) != sorted(SCORE_SCHEMA.names):
-        missing = set(SCORE_SCHEMA.names) - set(rows.column_names)
-        extra = set(rows.column_names) - set(SCORE_SCHEMA.names)
-        raise StoreMismatch(f"score rows lack columns {sorted(missing)} and have unknown ones {sorted(extra)}")
+        names = rows.column_names
+        missing, extra = set(SCORE_SCHEMA.names) - set(names), set(names) - set(SCORE_SCHEMA.names)
+        twice = {name for name in names if names.count(name) > 1}
+        raise StoreMismatch(
+            f"score rows lack columns {sorted(missing)}, have unknown ones {sorted(extra)}, some twice {sorted(twice)}"
+        )
     try:
         rows = rows.select(SCORE_SCHEMA.names).cast(SCORE_SCHEMA)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:

@@ -26,7 +26,10 @@ def local_path(uri: str | os.PathLike[str]) -> Path:
         return Path(text).absolute()
     if scheme != "file":
         raise ConfigError(f"{text!r}: only local paths and file:// URIs can be used; mount {scheme}:// as a folder")
-    return Path(unquote(urlsplit(text).path)).absolute()
+    parts = urlsplit(text)
+    if parts.netloc not in ("", "localhost"):
+        raise ConfigError(f"{text!r} names the host {parts.netloc!r}; a local file has three slashes: file:///folder")
+    return Path(unquote(parts.path)).absolute()
 
 
 class Folder:
@@ -70,6 +73,13 @@ class Folder:
         """Names in order; a folder that is not there is empty, temporary files are not names."""
         try:
             return sorted(name for name in os.listdir(self.path) if not name.startswith("."))
+        except FileNotFoundError:
+            return []
+
+    def temporary_names(self) -> list[str]:
+        """What `put` and `create` are writing now, or died over."""
+        try:
+            return sorted(name for name in os.listdir(self.path) if name.startswith("."))
         except FileNotFoundError:
             return []
 

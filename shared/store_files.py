@@ -3,10 +3,11 @@
 The format is written down in `shared.score_store`.
 """
 
-import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
+import math
 import os
 import secrets
 import time
@@ -37,7 +38,10 @@ class Part:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What the store holds at one generation. `rows` counts all rows ever committed, `metadata` is the writer's."""
+    """What the store holds at one generation.
+
+    `rows` counts all rows ever committed, `metadata` is the writer's, `takes_over` marks a writer's first.
+    """
 
     generation: int
     version: int
@@ -47,6 +51,7 @@ class Manifest:
     snapshot: Part | None
     fragments: tuple[Part, ...]
     metadata: Mapping[str, Any]
+    takes_over: bool = False
 
     @property
     def base_version(self) -> int:
@@ -63,7 +68,7 @@ class Manifest:
             body = json.loads(data)
             written = body.pop("checksum")
             found = _checksum(body)
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise StoreCorrupt(f"{name} is not a whole manifest: {error}") from error
         if written != found:
             raise StoreCorrupt(f"{name} does not match its checksum; restore the file or take the store from a copy")
@@ -108,7 +113,8 @@ class StoreFiles:
         return description
 
     def generations(self) -> list[int]:
-        return [int(name.removesuffix(".json")) for name in self._manifests.names() if name.endswith(".json")]
+        stems = [name.removesuffix(".json") for name in self._manifests.names() if name.endswith(".json")]
+        return [int(stem) for stem in stems if stem.isdecimal()]
 
     def newest(self, known: Manifest | None = None) -> Manifest | None:
         """The newest manifest; `known` itself when it still is."""
@@ -120,14 +126,14 @@ class StoreFiles:
         return known
 
     def read_manifest(self, generation: int) -> Manifest | None:
-        name = f"{generation:012d}.json"
+        name = _name(generation)
         try:
             return Manifest.parse(self._manifests.read(name), str(self._manifests.path / name))
         except FileNotFoundError:
             return None
 
     def write_manifest(self, manifest: Manifest) -> bool:
-        return self._manifests.create(f"{manifest.generation:012d}.json", manifest.dump())
+        return self._manifests.create(_name(manifest.generation), manifest.dump())
 
     def write_part(self, kind: str, stem: str, rows: pa.Table, version: int) -> Part:
         sink = pa.BufferOutputStream()
@@ -146,7 +152,9 @@ class StoreFiles:
             raise StoreCorrupt(f"{path} has {length} bytes, its manifest says {part.bytes}")
         try:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
-        except pa.ArrowInvalid as error:
+        except FileNotFoundError:
+            raise
+        except (pa.ArrowInvalid, OSError) as error:
             raise StoreCorrupt(f"{path}: {error}") from error
         if kind == "fragments":
             table = table.append_column("store_version", pa.array(np.full(table.num_rows, part.version)))
@@ -154,36 +162,43 @@ class StoreFiles:
             raise StoreCorrupt(f"{path} does not hold what its manifest says")
         return table
 
-    def collect(self, current: Manifest, oldest_version: int) -> None:
-        """Remove manifests that time travel to `oldest_version` does not need, then the files that no manifest names.
+    def collect(self, oldest_version: int) -> None:
+        """Remove manifests that time travel to `oldest_version` does not need, and files that no needed one names.
 
-        Of the manifests with one snapshot the last is enough: it names all fragments since.
+        Of the manifests with one snapshot the last is enough: it names all fragments since. Manifests of takeovers stay
+        for ever: they are what an old writer, however late, finds in its place.
         """
-        last_of_base: dict[str | None, Manifest] = {}
-        spare: list[Manifest] = []
-        for generation in self.generations():
-            if (manifest := self.read_manifest(generation)) is None:
-                continue
-            key = manifest.snapshot.name if manifest.snapshot else None
-            if key in last_of_base:
-                spare.append(last_of_base[key])
-            last_of_base[key] = manifest
-        spare += [m for m in last_of_base.values() if m.version < oldest_version]
-        for manifest in spare:
-            if manifest.generation != current.generation:
-                self._delete_old(self._manifests, f"{manifest.generation:012d}.json")
-        kept = [m for m in map(self.read_manifest, self.generations()) if m is not None]
-        named = {part.name for m in kept for part in (*m.fragments, *([m.snapshot] if m.snapshot else []))}
+        manifests = [m for m in map(self.read_manifest, self.generations()) if m is not None]
+        last_of_base = {m.base_version: m.generation for m in manifests}
+        next_base = dict(itertools.pairwise(sorted(last_of_base)))
+        needed = []
+        for manifest in manifests:
+            base = manifest.base_version
+            is_needed = manifest.generation == last_of_base[base] and next_base.get(base, math.inf) > oldest_version
+            if is_needed or self._is_young(self._manifests, _name(manifest.generation)):
+                needed.append(manifest)
+            elif not manifest.takes_over:
+                self._manifests.delete(_name(manifest.generation))
+        named = {part.name for m in needed for part in (*m.fragments, *([m.snapshot] if m.snapshot else []))}
         for folder in self._parts.values():
             for name in folder.names():
-                if name not in named:
-                    self._delete_old(folder, name)
+                if name not in named and not self._is_young(folder, name):
+                    folder.delete(name)
+        for folder in (self._root, self._manifests, *self._parts.values()):
+            for name in folder.temporary_names():
+                if not self._is_young(folder, name):
+                    folder.delete(name)
 
     @staticmethod
-    def _delete_old(folder: Folder, name: str) -> None:
-        with contextlib.suppress(FileNotFoundError):
-            if time.time() - (folder.path / name).stat().st_mtime > COLLECT_AFTER_S:
-                folder.delete(name)
+    def _is_young(folder: Folder, name: str) -> bool:
+        try:
+            return time.time() - (folder.path / name).stat().st_mtime <= COLLECT_AFTER_S
+        except FileNotFoundError:
+            return False
+
+
+def _name(generation: int) -> str:
+    return f"{generation:012d}.json"
 
 
 def _check_format(description: Mapping[str, Any], name: str) -> None:

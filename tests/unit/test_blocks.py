@@ -7,6 +7,8 @@ from services.blocks import BlockTable
 from shared.errors import ConfigError
 from shared.leases import Lease
 
+NO_LEASE = 0  # ids begin with 1
+
 
 def lease(table: BlockTable, version: int = 1, *, scorer: str = "a", now: float = 0.0) -> Lease | None:
     return table.lease(scorer, version, now, 10.0)
@@ -49,7 +51,7 @@ def test_leases_are_exclusive_and_carry_their_ids():
 
 def test_the_block_scored_longest_ago_comes_first():
     table = BlockTable(30, 10)
-    table.committed({0: 3, 1: 1, 2: 2}, [])
+    table.committed([(NO_LEASE, 0, 3), (NO_LEASE, 1, 1), (NO_LEASE, 2, 2)])
 
     assert [lease(table, 9).block for _ in range(3)] == [1, 2, 0]
 
@@ -57,7 +59,7 @@ def test_the_block_scored_longest_ago_comes_first():
 @pytest.mark.parametrize(("version", "leased"), [(2, False), (3, False), (4, True)])
 def test_no_lease_for_blocks_that_are_new_enough(version, leased):
     table = BlockTable(10, 10)
-    table.committed({0: 3}, [])
+    table.committed([(NO_LEASE, 0, 3)])
 
     assert leased == (lease(table, version) is not None)
 
@@ -66,20 +68,20 @@ def test_a_committed_lease_is_done_and_its_block_as_new_as_its_rows():
     table = BlockTable(20, 10)
     done = lease(table, 7)
     table.submitted(done.lease_id)
-    table.committed({done.block: 7}, [done.lease_id])
+    table.committed([(done.lease_id, done.block, 7)])
 
     assert table.leased == 0
     assert table.oldest_version == 0
     assert lease(table, 7).block == 1
     assert lease(table, 7) is None
-    table.committed({1: 6}, [])
+    table.committed([(NO_LEASE, 1, 6)])
     assert table.oldest_version == 6
 
 
 def test_a_block_never_gets_older():
     table = BlockTable(10, 10)
-    table.committed({0: 5}, [])
-    table.committed({0: 4}, [])
+    table.committed([(NO_LEASE, 0, 5)])
+    table.committed([(NO_LEASE, 0, 4)])
 
     assert table.oldest_version == 5
 
