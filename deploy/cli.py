@@ -1,7 +1,6 @@
 """The command line. Commands import what they need themselves, so that `steppe --help` is quick."""
 
 import json
-import signal
 import sys
 from typing import Annotated, Any
 
@@ -40,7 +39,6 @@ def run(
     from shared.config import read_config
 
     resolved = read_config(RunConfig, config, settings)
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
         finished, summary = driver.run(resolved)
     except KeyboardInterrupt:
@@ -124,10 +122,6 @@ def _client(folder: str | None, root: str) -> Any:
     from deploy.client import RestClient, find_run
 
     return RestClient(find_run(folder, root))
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _print_json(content: dict[str, Any]) -> None:

@@ -43,6 +43,8 @@ def local_cluster(run_folder: Path, run_id: str) -> Iterator[Path]:
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # ray.init replaced it by handlers that end without clean-up
         yield folder
+    except SystemExit as error:  # how ray.init's own handler ends on SIGTERM
+        raise KeyboardInterrupt from error
     finally:
         ray.shutdown()
         del os.environ[RUN_VARIABLE]

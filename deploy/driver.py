@@ -29,6 +29,7 @@ import psutil
 
 from deploy.cluster import local_cluster
 from deploy.config import RunConfig
+from deploy.interrupts import Interrupts, interrupts
 from deploy.progress import Display
 from services.server import bind
 from shared.catalogue import Run
@@ -59,19 +60,22 @@ def run(config: RunConfig) -> tuple[Run, dict[str, Any]]:
         scoring_id=config.scoring.scoring_id,
     )
     news = _News()
-    # Ray prints what it hears of dead workers; stdout is for results.
-    with contextlib.redirect_stdout(sys.stderr), Display(news.describe, config.run.progress_interval_s) as display:
+    with (
+        # Ray prints what it hears of dead workers; stdout is for results.
+        contextlib.redirect_stdout(sys.stderr),
+        interrupts() as interrupted,
+        Display(news.describe, config.run.progress_interval_s) as display,
+    ):
         display.say(f"run {opened.path}")
-        with (
-            local_cluster(opened.path, opened.description["run_id"]) as ray_folder,
-            _services(config, opened) as actors,
-        ):
-            opened.write("runtime.json", _runtime(actors, ray_folder))
-            display.say(f"REST {actors.url}")
-            try:
-                result = _train(config, opened, dataset, actors, news, display)
-            finally:
-                opened.remove("runtime.json")
+        with local_cluster(opened.path, opened.description["run_id"]) as ray_folder:
+            interrupted.check()
+            with _services(config, opened) as actors:
+                opened.write("runtime.json", _runtime(actors, ray_folder))
+                display.say(f"REST {actors.url}")
+                try:
+                    result = _train(config, opened, dataset, actors, news, display, interrupted)
+                finally:
+                    opened.remove("runtime.json")
     summary = _summary(opened, result, actors.fleet.status)
     summary["seconds"] = round(time.perf_counter() - began, 3)
     opened.write("summary.json", summary)
@@ -117,7 +121,13 @@ def _services(config: RunConfig, opened: Run) -> "Iterator[_Actors]":
 
 
 def _train(
-    config: RunConfig, opened: Run, dataset: Dataset, actors: _Actors, news: "_News", display: Display
+    config: RunConfig,
+    opened: Run,
+    dataset: Dataset,
+    actors: _Actors,
+    news: "_News",
+    display: Display,
+    interrupted: Interrupts,
 ) -> "TrainResult":
     """The trainer, in this process. It starts when a scorer is up, or without one after `startup_wait_s`."""
     import torch
@@ -129,6 +139,7 @@ def _train(
 
     torch.manual_seed(config.train.seed)
     model = build_model(config.model, dataset)
+    interrupted.check()
     if config.scoring.replicas and not actors.fleet.first_scorer.wait(config.train.startup_wait_s):
         display.say(f"no scorer was up within {config.train.startup_wait_s:g} s; training starts without")
     with contextlib.ExitStack() as stack:
@@ -142,7 +153,8 @@ def _train(
             )
         )
         news.connect(feed, actors.fleet)
-        result = train(config.train, model, dataset, publisher, feed, news.update)
+        result = train(config.train, model, dataset, publisher, feed, news.update, interrupted.came)
+        interrupted.check()
         news.pause()
         for problem in actors.fleet.problems:
             display.say(problem)
