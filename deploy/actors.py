@@ -13,7 +13,7 @@ from deploy.packages import check_packages
 from services.config import ControllerConfig, RestConfig
 from services.controller import Controller
 from shared.catalogue import Run
-from shared.errors import ServiceError
+from shared.errors import ServiceError, SteppeError
 from shared.leases import Lease
 
 if TYPE_CHECKING:
@@ -130,13 +130,15 @@ class RestActor:
 
 
 def ask(ref: "ray.ObjectRef[T]", timeout_s: float = CONTROLLER_TIMEOUT_S) -> T:
-    """The answer of an actor. Raises ServiceError when it is gone or does not answer in time."""
+    """The answer of an actor. Raises ServiceError when it is gone or does not answer in time, else what it raised."""
     try:
         return ray.get(ref, timeout=timeout_s)
     except ray.exceptions.GetTimeoutError as error:
         raise ServiceError(f"no answer within {timeout_s:g} s") from error
     except ray.exceptions.RayActorError as error:
         raise ServiceError(f"the process is gone: {error}") from error
+    except ray.exceptions.RayTaskError as error:
+        raise (error.cause if isinstance(error.cause, SteppeError) else error) from None
 
 
 def _future(ref: "ray.ObjectRef[T]") -> "Future[T]":

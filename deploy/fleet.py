@@ -41,7 +41,7 @@ class Fleet:
         self._start = start
         self._scorers: dict[str, _Scorer] = {}
         self._started = 0
-        self._failures = 0  # in a row
+        self._failures = 0  # to start, in a row
         self._not_before = 0.0
         self._status_due = 0.0
         self.first_scorer = threading.Event()
@@ -85,9 +85,8 @@ class Fleet:
         if waiting:
             ray.wait(waiting, num_returns=1, timeout=TICK_S)
         for scorer_id, scorer in list(self._scorers.items()):
-            if _is_done(scorer.ready) and not _is_done(scorer.done):
+            if not self.first_scorer.is_set() and _succeeded(scorer.ready):
                 self.first_scorer.set()
-                self._failures = 0
             overdue = scorer.drained_by is not None and time.monotonic() > scorer.drained_by
             if _is_done(scorer.done) or overdue:
                 self._remove(scorer_id, scorer)
@@ -97,7 +96,7 @@ class Fleet:
         ray.kill(scorer.handle)
         if scorer.drained_by is not None:
             return
-        self._failures += 1
+        self._failures = 1 if _succeeded(scorer.ready) else self._failures + 1
         self._not_before = time.monotonic() + min(0.5 * 2 ** (self._failures - 1), LONGEST_BACKOFF_S)
         try:
             ray.get(scorer.done, timeout=0)
@@ -141,6 +140,14 @@ class Fleet:
         except ServiceError as error:
             logger.debug("no status now: %s", error)
             self.status = {}
+
+
+def _succeeded(ref: "ray.ObjectRef[Any]") -> bool:
+    try:
+        ray.get(ref, timeout=0)
+    except Exception:  # not there yet, or whatever went wrong
+        return False
+    return True
 
 
 def _is_done(ref: "ray.ObjectRef[Any]") -> bool:
