@@ -72,6 +72,7 @@ class ScorerActor:
             with contextlib.suppress(OSError):
                 os.nice(LOWEST_PRIORITY)
             torch.set_num_threads(scoring.threads)
+        torch.backends.cudnn.allow_tf32 = False  # scoring_id says float32
         dataset = load_dataset(config.data)
         Run(run_uri).check_dataset(dataset.fingerprint)
         self._worker = Worker(

@@ -16,7 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-FOLDER_HELP = "The run's folder; default: the newest below --root."
+FOLDER_HELP = "The run's folder; default: the newest that is up below --root."
 RunFolder = Annotated[str | None, typer.Argument(metavar="[RUN]", show_default=False, help=FOLDER_HELP)]
 Root = Annotated[str, typer.Option("--root", help="Where runs are.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
@@ -40,29 +40,30 @@ def run(
 
     resolved = read_config(RunConfig, config, settings)
     try:
-        finished, summary = driver.run(resolved)
+        summary = driver.run(resolved)
     except KeyboardInterrupt:
         typer.echo("steppe: interrupted; everything that the run started is ended, its folder stays", err=True)
         raise typer.Exit(INTERRUPTED) from None
     if as_json:
         _print_json(summary)
     else:
-        progress.print_summary(summary, str(finished.path))
+        progress.print_summary(summary)
 
 
 @app.command()
 def status(folder: RunFolder = None, root: Root = "runs", as_json: AsJson = False) -> None:
     """Coverage, ages, checkpoints and scorers of a running run."""
     client = _client(folder, root)
-    answer = client.get("/v1/stats") | {"scorers": client.get("/v1/scorers")}
+    stats, scorers = client.get("/v1/stats"), client.get("/v1/scorers")
     if as_json:
-        _print_json(answer)
+        _print_json(stats | {"scorers": scorers})
         return
-    scorers = answer.pop("scorers")
-    _print_columns(answer | {"scorers": f"{scorers['alive']} alive, {scorers['wanted']} wanted"})
+    from deploy.progress import print_status
+
+    print_status(stats, scorers)
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True})  # so that -1 is a number with a clear error
 def scale(
     replicas: Annotated[int, typer.Argument(help="The wanted number of scorers; 0 lets scores age.")],
     folder: RunFolder = None,
@@ -126,10 +127,3 @@ def _client(folder: str | None, root: str) -> Any:
 
 def _print_json(content: dict[str, Any]) -> None:
     typer.echo(json.dumps(content, indent=1))
-
-
-def _print_columns(content: dict[str, Any]) -> None:
-    width = max(map(len, content))
-    for name, value in content.items():
-        shown = f"{value:.4f}" if isinstance(value, float) else "-" if value is None else str(value)
-        typer.echo(f"{name:<{width}}  {shown}")

@@ -1,6 +1,5 @@
 """The CLI's side of REST: finds a run's service and asks it."""
 
-from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -12,7 +11,7 @@ TIMEOUT_S = 10.0
 
 
 def find_run(folder: str | None, root: str) -> Run:
-    """The run in `folder`, or the newest one below `root`."""
+    """The run in `folder`; or below `root` the newest that is up, else the newest."""
     return Run(folder) if folder else newest_run(root)
 
 
@@ -22,7 +21,9 @@ class RestClient:
     def __init__(self, run: Run) -> None:
         runtime = run.read("runtime.json")
         if runtime is None:
-            raise RunError(f"run {run.path} is not up; its results are in {Path(run.path) / 'summary.json'}")
+            summary = run.path / "summary.json"
+            left = f"its results are in {summary}" if summary.exists() else "it was interrupted and left no summary"
+            raise RunError(f"run {run.path} is not up; {left}, its scores in {run.scores_uri}")
         token = run.token()
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         self._client = httpx2.Client(base_url=runtime["url"], headers=headers, timeout=TIMEOUT_S, trust_env=False)

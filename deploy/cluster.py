@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 RUN_VARIABLE = "STEPPE_RUN_FOLDER"  # inherited by every process of a run's cluster, by which `down` finds them
+FOLDER_PREFIX = "steppe-"
 OBJECT_STORE_BYTES = 256 * 2**20
 END_TIMEOUT_S = 5.0
 LONGEST_TEMPORARY_FOLDER = 40  # Ray puts sockets below it, whose paths are limited to 107 characters
@@ -24,7 +25,9 @@ def local_cluster(run_folder: Path, run_id: str) -> Iterator[Path]:
     import ray
 
     place = tempfile.gettempdir()
-    folder = Path(tempfile.mkdtemp(prefix="steppe-", dir=place if len(place) < LONGEST_TEMPORARY_FOLDER else "/tmp"))  # noqa: S108
+    folder = Path(
+        tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=place if len(place) < LONGEST_TEMPORARY_FOLDER else "/tmp")
+    )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ[RUN_VARIABLE] = str(run_folder)
     on_sigterm = signal.getsignal(signal.SIGTERM)
@@ -61,6 +64,12 @@ def end_processes(run_folder: Path) -> int:
             process.kill()
     psutil.wait_procs(stubborn, timeout=END_TIMEOUT_S)
     return len(left)
+
+
+def remove_ray_folder(folder: str | None) -> None:
+    """Remove a cluster's temporary folder that its driver could not remove itself."""
+    if folder and Path(folder).name.startswith(FOLDER_PREFIX):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _belongs_to(process: psutil.Process, run_folder: Path) -> bool:

@@ -5,7 +5,7 @@ import time
 
 import psutil
 
-from deploy.cluster import end_processes
+from deploy.cluster import end_processes, remove_ray_folder
 from shared.catalogue import Run
 from shared.errors import ServiceError
 
@@ -18,6 +18,7 @@ def stop_run(run: Run) -> str:
     runtime = run.read("runtime.json") or {}
     stopped = _stop_driver(runtime) if runtime else False
     left = end_processes(run.path)
+    remove_ray_folder(runtime.get("ray_folder"))
     run.remove("runtime.json")
     if stopped:
         return f"stopped {run.path}"

@@ -34,6 +34,7 @@ from deploy.progress import Display
 from services.server import bind
 from shared.catalogue import Run
 from shared.datasets import Dataset, load_dataset
+from shared.errors import CheckpointError, ServiceError
 from shared.freshness import staleness_bound
 from shared.score_store import ScoreReader
 
@@ -47,8 +48,8 @@ ACTOR_TIMEOUT_S = 60.0
 END_TIMEOUT_S = 5.0
 
 
-def run(config: RunConfig) -> tuple[Run, dict[str, Any]]:
-    """Train to the end with scorers beside; returns the run and its summary. All processes are ended on the way out."""
+def run(config: RunConfig) -> dict[str, Any]:
+    """Train to the end with scorers beside; returns the summary. All processes are ended on the way out."""
     began = time.perf_counter()
     bind(config.rest.host, config.rest.port).close()
     dataset = load_dataset(config.data)
@@ -69,17 +70,17 @@ def run(config: RunConfig) -> tuple[Run, dict[str, Any]]:
         display.say(f"run {opened.path}")
         with local_cluster(opened.path, opened.description["run_id"]) as ray_folder:
             interrupted.check()
-            with _services(config, opened) as actors:
+            with _services(config, opened, display) as actors:
                 opened.write("runtime.json", _runtime(actors, ray_folder))
                 display.say(f"REST {actors.url}")
                 try:
-                    result = _train(config, opened, dataset, actors, news, display, interrupted)
+                    result, published = _train(config, opened, dataset, actors, news, display, interrupted)
                 finally:
                     opened.remove("runtime.json")
-    summary = _summary(opened, result, actors.fleet.status)
+    summary = _summary(opened, result, published, actors.fleet.status)
     summary["seconds"] = round(time.perf_counter() - began, 3)
     opened.write("summary.json", summary)
-    return opened, summary
+    return summary
 
 
 @dataclasses.dataclass
@@ -94,7 +95,7 @@ class _Actors:
 
 
 @contextlib.contextmanager
-def _services(config: RunConfig, opened: Run) -> "Iterator[_Actors]":
+def _services(config: RunConfig, opened: Run, display: Display) -> "Iterator[_Actors]":
     """Controller, scorers and REST service as actors; drained, committed and ended on the way out."""
     import ray
 
@@ -109,7 +110,7 @@ def _services(config: RunConfig, opened: Run) -> "Iterator[_Actors]":
     )
     scorer = remote(num_cpus=config.scoring.cpus, num_gpus=config.scoring.gpus, max_concurrency=3)(ScorerActor)
     rest = remote(num_cpus=0)(RestActor).remote(uri, config.rest, controller)
-    fleet = Fleet(controller, lambda scorer_id: scorer.remote(scorer_id, uri, config, controller))
+    fleet = Fleet(controller, lambda scorer_id: scorer.remote(scorer_id, uri, config, controller), display.say)
     try:
         controller_pid = ask(controller.status.remote(), ACTOR_TIMEOUT_S)["pid"]
         url, rest_pid = ask(rest.start.remote(), ACTOR_TIMEOUT_S)
@@ -117,7 +118,11 @@ def _services(config: RunConfig, opened: Run) -> "Iterator[_Actors]":
     finally:
         fleet.stop()
         # What does not answer any more is ended with its cluster; committed rows are safe either way.
-        ray.wait([controller.close.remote(), rest.stop.remote()], num_returns=2, timeout=END_TIMEOUT_S)
+        for name, closing in (("controller", controller.close.remote()), ("REST service", rest.stop.remote())):
+            try:
+                ask(closing, END_TIMEOUT_S)
+            except ServiceError as error:
+                display.say(f"the {name} did not end in order: {error}")
 
 
 def _train(
@@ -128,8 +133,8 @@ def _train(
     news: "_News",
     display: Display,
     interrupted: Interrupts,
-) -> "TrainResult":
-    """The trainer, in this process. It starts when a scorer is up, or without one after `startup_wait_s`."""
+) -> "tuple[TrainResult, int]":
+    """The trainer, in this process; its result and how many checkpoints it published."""
     import torch
 
     from shared.checkpoints import CheckpointPublisher
@@ -140,8 +145,7 @@ def _train(
     torch.manual_seed(config.train.seed)
     model = build_model(config.model, dataset)
     interrupted.check()
-    if config.scoring.replicas and not actors.fleet.first_scorer.wait(config.train.startup_wait_s):
-        display.say(f"no scorer was up within {config.train.startup_wait_s:g} s; training starts without")
+    _await_scorer(config, actors.fleet, display)
     with contextlib.ExitStack() as stack:
         publisher = stack.enter_context(CheckpointPublisher(opened.path, keep_last=config.train.keep_checkpoints))
         feed = stack.enter_context(
@@ -156,9 +160,31 @@ def _train(
         result = train(config.train, model, dataset, publisher, feed, news.update, interrupted.came)
         interrupted.check()
         news.pause()
-        for problem in actors.fleet.problems:
-            display.say(problem)
-        return result
+        try:
+            publisher.close()
+        except CheckpointError as error:
+            display.say(f"the last checkpoint is missing: {error}")
+        return result, publisher.published
+
+
+def _await_scorer(config: RunConfig, fleet: "Fleet", display: Display) -> None:
+    """Wait for a scorer up to `startup_wait_s`; not at all for one that this cluster can never place."""
+    import ray
+
+    scoring = config.scoring
+    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    needs = {"CPU": scoring.cpus, "GPU": scoring.gpus}
+    lacking = [
+        f"{n:g} {name} (there are {there.get(name, 0):g})" for name, n in needs.items() if n > there.get(name, 0)
+    ]
+    if not scoring.replicas:
+        return
+    if lacking:
+        display.say(f"no scorer can be placed: one needs {' and '.join(lacking)}; training starts without")
+        return
+    display.say(f"waiting for the first scorer, at most {config.train.startup_wait_s:g} s")
+    if not fleet.first_scorer.wait(config.train.startup_wait_s):
+        display.say(f"no scorer was up within {config.train.startup_wait_s:g} s; training starts without")
 
 
 class _News:
@@ -190,7 +216,7 @@ class _News:
         }
 
 
-def _summary(opened: Run, result: "TrainResult", status: dict[str, Any]) -> dict[str, Any]:
+def _summary(opened: Run, result: "TrainResult", published: int, status: dict[str, Any]) -> dict[str, Any]:
     """What summary.json holds. Shares are of all draws; ages are those of the draws, in versions."""
     reader = ScoreReader(opened.scores_uri)
     draws = result.sampler.draws
@@ -198,7 +224,7 @@ def _summary(opened: Run, result: "TrainResult", status: dict[str, Any]) -> dict
     return {
         "test_accuracy": result.test_accuracy,
         "steps": result.steps,
-        "model_versions_published": result.versions_published,
+        "model_versions_published": published,
         "model_versions_scored": int(reader.metadata.get("model_versions_scored", 0)),
         "scored_rows": reader.rows,
         "coverage": float((version_N >= 0).mean()),
@@ -213,6 +239,7 @@ def _summary(opened: Run, result: "TrainResult", status: dict[str, Any]) -> dict
         "trainer_seconds_in_sampler": round(result.seconds_in_sampler, 6),
         "trainer_seconds_total": round(result.seconds, 6),
         "quarantined_rows": int(reader.metadata.get("quarantined_rows", 0)),
+        "run_folder": str(opened.path),
     }
 
 

@@ -32,13 +32,18 @@ class _Scorer:
 class Fleet:
     """Starts, replaces and drains scorers in a thread; a controller that does not answer is asked again.
 
-    `first_scorer` is set once a scorer waits for weights; `status` is the controller's last answer, `problems` what
-    went wrong, for people.
+    `first_scorer` is set once a scorer waits for weights; `status` is the controller's last answer.
+
+    Args:
+        start: makes the actor of a scorer's id.
+        say: told, once each, what went wrong, in words for people.
     """
 
-    def __init__(self, controller: Handle, start: Callable[[str], Handle]) -> None:
+    def __init__(self, controller: Handle, start: Callable[[str], Handle], say: Callable[[str], None]) -> None:
         self._controller = controller
         self._start = start
+        self._say = say
+        self._said = ""
         self._scorers: dict[str, _Scorer] = {}
         self._started = 0
         self._failures = 0  # to start, in a row
@@ -46,7 +51,6 @@ class Fleet:
         self._status_due = 0.0
         self.first_scorer = threading.Event()
         self.status: dict[str, Any] = {}
-        self.problems: list[str] = []
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="fleet", daemon=True)
         self._thread.start()
@@ -55,6 +59,7 @@ class Fleet:
         """Drain all scorers, then end those that do not go within the drain timeout. Twice is fine."""
         self._stop.set()
         self._thread.join()
+        self._update_status()
         self._drain(tuple(self._scorers))
         while self._scorers:
             self._reap()
@@ -65,7 +70,7 @@ class Fleet:
                 self._tick()
             except Exception as error:
                 logger.exception("the fleet loop failed and goes on")
-                self.problems.append(f"the fleet loop failed and goes on: {error}")
+                self._report(f"the fleet loop failed and goes on: {error}")
                 self._stop.wait(STATUS_INTERVAL_S)
 
     def _tick(self) -> None:
@@ -103,8 +108,7 @@ class Fleet:
             reason = "it ended by itself"
         except Exception as error:  # whatever ended it is reported, and a new one started
             reason = str(error).strip().splitlines()[-1]
-        self.problems.append(f"{scorer_id} ended and is replaced: {reason}")
-        logger.warning("%s", self.problems[-1])
+        self._report(f"{scorer_id} ended and is replaced: {reason}")
 
     def _carry_out(self) -> None:
         alive = tuple(i for i, scorer in self._scorers.items() if scorer.drained_by is None)
@@ -139,7 +143,14 @@ class Fleet:
             self.status = RemoteFleet(self._controller).status()
         except ServiceError as error:
             logger.debug("no status now: %s", error)
-            self.status = {}
+            self.status = self.status | {"samples_per_second": None}
+        if self.status.get("trouble"):
+            self._report(f"the controller cannot commit scores: {self.status['trouble']}")
+
+    def _report(self, problem: str) -> None:
+        if problem != self._said:  # a problem that stays is said once
+            self._said = problem
+            self._say(problem)
 
 
 def _succeeded(ref: "ray.ObjectRef[Any]") -> bool:

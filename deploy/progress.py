@@ -8,7 +8,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 LIVE_INTERVAL_S = 0.25
 
@@ -76,7 +75,7 @@ def _number(value: float | None, form: str) -> str:
     return "-" if value is None or math.isnan(value) else format(value, form)
 
 
-def print_summary(summary: Mapping[str, Any], folder: str) -> None:
+def print_summary(summary: Mapping[str, Any]) -> None:
     """The summary as people read it, on stdout."""
     shares = " / ".join(f"{summary[f'draws_{kind}']:.1%}" for kind in ("fresh", "stale", "unscored"))
     overhead = summary["trainer_seconds_in_publish"] + summary["trainer_seconds_in_sampler"]
@@ -92,9 +91,32 @@ def print_summary(summary: Mapping[str, Any], folder: str) -> None:
         f"95 % {_number(summary['age_versions_p95'], '.0f')} versions",
         "trainer time in steppe": f"{overhead:.3f} s ({share:.2%})",
         "quarantined rows": str(summary["quarantined_rows"]),
-        "run folder": folder,
+        "run folder": summary["run_folder"],
     }
-    table = Table(show_header=False, box=None, pad_edge=False)
+    print_facts(rows)
+
+
+def print_status(stats: Mapping[str, Any], scorers: Mapping[str, Any]) -> None:
+    """A running run as people read it, on stdout."""
+    counts = stats["status"]
+    rate = _number(scorers["samples_per_second"], ",.0f")
+    rows = {
+        "run": stats["run_id"],
+        "newest checkpoint": f"version {stats['newest_model_version']}, step {stats['newest_step']}",
+        "scores": f"{stats['scored_rows']} rows, coverage {stats['coverage']:.1%}, {rate} samples/s",
+        "fresh / stale / unscored": f"{counts['fresh']} / {counts['stale']} / {counts['unscored']} "
+        f"(stale beyond {stats['staleness_bound']} versions)",
+        "age of scores": f"median {_number(stats['age_versions_p50'], '.0f')}, "
+        f"95 % {_number(stats['age_versions_p95'], '.0f')} versions",
+        "scorers": f"{scorers['alive']} alive, {scorers['wanted']} wanted",
+        "quarantined rows": str(stats.get("quarantined_rows", "-")),
+    }
+    if scorers["trouble"]:
+        rows["trouble"] = scorers["trouble"]
+    print_facts(rows)
+
+
+def print_facts(rows: Mapping[str, str]) -> None:
+    width = max(map(len, rows)) + 2
     for name, value in rows.items():
-        table.add_row(name, value, style="bold" if name == "test accuracy" else None)
-    Console(file=sys.stdout, soft_wrap=True).print(table)
+        sys.stdout.write(f"{name:<{width}}{value}\n")

@@ -39,12 +39,12 @@ def score_batch(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, attack: Attack) -
     Raises: DataError (a ValueError) for labels out of range, inputs outside the clamp range or not finite, or lengths
         that differ.
     """
-    _check_inputs(x_BCHW, y_B, attack)
+    y_B = _check_inputs(x_BCHW, y_B, attack)
     device = x_BCHW.device
     # The precision of a score is part of what it is: not the caller's autocast.
     with _undisturbed(model, device), torch.inference_mode(False), torch.autocast(device.type, enabled=False):
         x_BCHW = x_BCHW.clone() if x_BCHW.is_inference() else x_BCHW.detach()
-        y_B = y_B.to(device=device, dtype=torch.int64, copy=y_B.is_inference())
+        y_B = y_B.clone() if y_B.is_inference() else y_B
 
         def gradient(at_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
             """The margin's gradient to the input, and on the way logits, margin and q."""
@@ -95,10 +95,10 @@ def margin_and_q(logits_BK: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
     label_B1 = y_B[:, None]
     others_BK = logits_BK.scatter(1, label_B1, float("-inf"))
     most_B1 = others_BK.amax(1, keepdim=True)
-    e_BK = (others_BK - most_B1).exp_()
+    e_BK = (others_BK - most_B1).exp()
     sum_B1 = e_BK.sum(1, keepdim=True)
-    m_B1 = sum_B1.log().add_(most_B1).sub_(logits_BK.gather(1, label_B1))
-    return m_B1.squeeze(1), e_BK.div_(sum_B1)
+    m_B1 = sum_B1.log() + most_B1 - logits_BK.gather(1, label_B1)
+    return m_B1.squeeze(1), e_BK / sum_B1
 
 
 def log_softplus(m_B: Tensor) -> Tensor:
@@ -120,15 +120,17 @@ def _forward(model: nn.Module, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
     return logits_BK
 
 
-def _check_inputs(x_BCHW: Tensor, y_B: Tensor, attack: Attack) -> None:
+def _check_inputs(x_BCHW: Tensor, y_B: Tensor, attack: Attack) -> Tensor:
+    """The labels as int64 on the inputs' device."""
     if y_B.dim() != 1 or x_BCHW.dim() < 2 or len(x_BCHW) != len(y_B):
         raise DataError(f"inputs of shape {tuple(x_BCHW.shape)} and labels of shape {tuple(y_B.shape)} do not match")
     if not x_BCHW.is_floating_point():
         raise DataError(f"inputs are {x_BCHW.dtype}; the attack needs floats, for pixels in [0, 1]")
     if y_B.is_floating_point() or y_B.dtype == torch.bool:
         raise DataError(f"labels are {y_B.dtype}; they must be integers")
+    y_B = y_B.to(device=x_BCHW.device, dtype=torch.int64)
     if not len(y_B):
-        return
+        return y_B
     if int(y_B.min()) < 0:
         raise DataError(f"label {int(y_B.min())} is below 0")
     largest = torch.finfo(x_BCHW.dtype).max
@@ -136,6 +138,7 @@ def _check_inputs(x_BCHW: Tensor, y_B: Tensor, attack: Attack) -> None:
     least, most = (float(v) for v in torch.aminmax(x_BCHW.detach()))
     if not (low <= least and most <= high):  # also when one is NaN
         raise DataError(f"inputs lie in [{least}, {most}], outside the clamp range [{low}, {high}]")
+    return y_B
 
 
 @contextlib.contextmanager
@@ -144,7 +147,7 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
     modules = list(model.modules())
     in_train_mode = [module for module in modules if module.training]
     buffers = [
-        (module._buffers, name, buffer, buffer.clone())
+        (module._buffers, name, buffer, buffer._version, buffer.clone())
         for module in modules
         for name, buffer in module._buffers.items()
         if buffer is not None
@@ -159,9 +162,11 @@ def _undisturbed(model: nn.Module, device: torch.device) -> Iterator[None]:
         for module in in_train_mode:
             module.training = True
         with torch.no_grad():
-            for slots, name, buffer, before in buffers:
+            for slots, name, buffer, version, before in buffers:
                 slots[name] = buffer
-                if not torch.equal(buffer, before):  # a write would spoil a backward pass of the caller's in flight
+                # Compared on the CPU only, where that is cheap: there, writes that bypass autograd are seen too. An
+                # unnecessary copy would spoil a backward pass of the caller's in flight.
+                if buffer._version != version or (device.type == "cpu" and not torch.equal(buffer, before)):
                     buffer.copy_(before)
         torch.set_rng_state(rng)
         if device_rng is not None:

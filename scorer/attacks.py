@@ -64,8 +64,10 @@ class Pgd:
         _check(self.epsilon, self.norm, self.clamp)
         if self.steps < 1:
             raise ConfigError(f"PGD with steps = {self.steps}; it needs at least 1")
-        if not (math.isfinite(self.step_size) and self.step_size > 0):
-            raise ConfigError(f"PGD with step_size = {self.step_size}; it must be above 0, such as epsilon / 4")
+        if not (math.isfinite(self.step_size) and self.step_size >= 0):
+            raise ConfigError(
+                f"PGD with step_size = {self.step_size}; it must be a finite number from 0 up (epsilon / 4)"
+            )
 
     def __call__(self, x_BCHW: Tensor, grad_BCHW: Tensor, gradient: Callable[[Tensor], Tensor]) -> Tensor:
         adversarial_BCHW = x_BCHW

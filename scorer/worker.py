@@ -47,8 +47,7 @@ class LeaseSource(Protocol):
 def build_attack(config: AttackConfig) -> Attack:
     if config.name == "fgsm":
         return Fgsm(config.epsilon, config.norm)
-    step_size = config.step_size or 2.5 * config.epsilon / config.steps or 1.0  # at epsilon 0 any step will do
-    return Pgd(config.epsilon, config.steps, step_size, config.norm)
+    return Pgd(config.epsilon, config.steps, config.step_size or 2.5 * config.epsilon / config.steps, config.norm)
 
 
 class Worker:
@@ -137,7 +136,7 @@ class Worker:
                 self._model.load_state_dict(load(checkpoint))
             except CheckpointGone:
                 continue
-            except CheckpointCorrupt as error:
+            except (CheckpointCorrupt, RuntimeError) as error:  # torch's RuntimeError: weights of another network
                 logger.warning("skipping checkpoint %d: %s", checkpoint.model_version, error)
                 self._corrupt.add(checkpoint.model_version)
             else:

@@ -124,7 +124,7 @@ def create_app(run: Run, *, fleet: Fleet | None = None, token: str | None = None
                 status = fleet.status()
             except ServiceError as error:
                 return stats | {"controller": str(error)}
-            stats |= {key: status[key] for key in ("samples_per_second", "quarantined_rows")}
+            stats |= {key: status[key] for key in ("samples_per_second", "quarantined_rows", "trouble")}
         return stats
 
     @app.get("/v1/checkpoints", dependencies=reading)
@@ -191,5 +191,5 @@ def is_loopback(host: str) -> bool:
 
 def _describe_fleet(fleet: Fleet) -> dict[str, Any]:
     status = fleet.status()
-    keys = ("wanted", "scorers", "samples_per_second", "leases_expired", "leased", "blocks")
+    keys = ("wanted", "scorers", "samples_per_second", "leases_expired", "leased", "blocks", "trouble")
     return {key: status[key] for key in keys} | {"alive": len(status["scorers"])}

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import secrets
 from collections.abc import Iterable
 
 import numpy as np
@@ -14,7 +15,7 @@ from shared.leases import Lease
 
 @dataclasses.dataclass
 class _Held:
-    lease: Lease
+    block: int
     scorer_id: str
     deadline: float  # of the caller's clock; infinite once the rows are in and only wait for their commit
 
@@ -36,10 +37,13 @@ class BlockTable:
             raise ConfigError(f"num_samples is {num_samples}, block_size {block_size}; both must be at least 1")
         self._order = np.random.default_rng(seed).permutation(num_samples)
         self._block_size = block_size
+        self._block_of = np.empty(num_samples, dtype=np.int64)  # of each sample
+        self._block_of[self._order] = np.arange(num_samples) // block_size
         self._version_of = np.zeros(math.ceil(num_samples / block_size), dtype=np.int64)
         self._held: dict[int, _Held] = {}
         self._busy: set[int] = set()
-        self._lease_ids = itertools.count(1)
+        # A scorer may hand in a lease that an earlier life of the controller gave it: ids of two lives never meet.
+        self._lease_ids = itertools.count(secrets.randbits(62))
         self.expired = 0
 
     def __len__(self) -> int:
@@ -74,14 +78,15 @@ class BlockTable:
         if versions[block] >= model_version:
             return None
         lease = Lease(next(self._lease_ids), block, self.ids(block))
-        self._held[lease.lease_id] = _Held(lease, scorer_id, now + timeout_s)
+        self._held[lease.lease_id] = _Held(block, scorer_id, now + timeout_s)
         self._busy.add(block)
         return lease
 
-    def submitted(self, lease_id: int) -> None:
-        """The rows are in: no deadline any more. A lease that had expired is nobody's concern."""
-        if held := self._held.get(lease_id):
-            held.deadline = math.inf
+    def submitted(self, lease_id: int, block: int, scorer_id: str) -> None:
+        """The rows of a whole block are in: until their commit nobody need score it, whatever became of the lease."""
+        if lease_id in self._held or block not in self._busy:
+            self._held[lease_id] = _Held(block, scorer_id, math.inf)
+            self._busy.add(block)
 
     def committed(self, leases: Iterable[tuple[int, int, int]]) -> None:
         """Rows of (lease_id, block, model_version) became durable: the blocks are as new as these, the leases done."""
@@ -96,9 +101,11 @@ class BlockTable:
             self._drop(lease_id)
         return len(ids)
 
-    def block_of(self, lease_id: int) -> int | None:
-        held = self._held.get(lease_id)
-        return held.lease.block if held else None
+    def block_of(self, sample_ids: npt.NDArray[np.int64]) -> int | None:
+        """The block that consists of these samples; None when they are not a whole block."""
+        block = int(self._block_of[sample_ids[0]]) if len(sample_ids) else -1
+        whole = block >= 0 and np.array_equal(np.sort(self.ids(block)), np.sort(sample_ids))
+        return block if whole else None
 
     def _expire(self, now: float) -> None:
         for lease_id in [i for i, held in self._held.items() if held.deadline < now]:
@@ -107,4 +114,4 @@ class BlockTable:
 
     def _drop(self, lease_id: int) -> None:
         if held := self._held.pop(lease_id, None):
-            self._busy.discard(held.lease.block)
+            self._busy.discard(held.block)

@@ -10,7 +10,6 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -18,20 +17,19 @@ import pyarrow as pa
 
 from services.blocks import BlockTable
 from services.config import ControllerConfig
+from services.passes import Passes
+from services.quarantine import Quarantine
 from shared.errors import ConfigError, ServiceError
-from shared.freshness import DEFAULT_BOUND_PASSES, DEFAULT_BOUND_VERSIONS
 from shared.leases import Lease
-from shared.schema import FLOAT_COLUMNS, QUARANTINE_SCHEMA
+from shared.schema import FLOAT_COLUMNS
 from shared.score_store import ScoreReader, ScoreWriter
 from shared.storage import Folder, local_path
-from shared.store_view import fold
 
 logger = logging.getLogger(__name__)
 
 RATE_WINDOW_S = 10.0
 MAX_REPLICAS = 1024
 ATTEMPTS_AT_CLOSE = 5
-QUARANTINE_FILE = "quarantine.arrow"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +76,10 @@ class Controller:
         self._scorers: dict[str, dict[str, Any]] = {}
         self._submitted: list[tuple[int, int, int]] = []  # lease, block, model_version of rows not yet committed
         self._work_pending = False  # rows, or notes, that are not committed
-        self._passes = _Passes(len(self._blocks), reader.metadata)
-        self._quarantine = _Quarantine(self._run, int(reader.metadata.get("quarantined_rows", 0)))
+        self._passes = Passes(len(self._blocks), reader.metadata)
+        self._quarantine = Quarantine(self._run, int(reader.metadata.get("quarantined_rows", 0)))
         self._rates: collections.deque[tuple[float, int]] = collections.deque()
-        self._first_submit = self._last_submit = 0.0
+        self._first_lease = self._last_submit = 0.0
         self._received = 0
         self._trouble: Exception | None = None  # the last commit failed and is tried again
         self._failure: Exception | None = None  # no commit is possible any more
@@ -108,6 +106,7 @@ class Controller:
             self._check()
             self.register(scorer_id, pid)
             self._scorers[scorer_id]["model_version"] = model_version
+            self._first_lease = self._first_lease or time.monotonic()
             return self._blocks.lease(scorer_id, model_version, time.monotonic(), self._config.lease_timeout_s)
 
     def submit(self, scorer_id: str, lease_id: int, rows: pa.Table) -> None:
@@ -123,10 +122,10 @@ class Controller:
             if not finite.all():
                 self._quarantine.add(rows.filter(pa.array(~finite)), "a measured value is not finite")
             self._writer.append(rows.filter(pa.array(finite)))
-            block = self._blocks.block_of(lease_id)
-            if block is not None:
+            block = self._blocks.block_of(rows.column("sample_id").to_numpy())
+            if block is not None:  # also of a lease that has expired, or that an earlier controller gave
                 version = int(rows.column("model_version")[0].as_py())
-                self._blocks.submitted(lease_id)
+                self._blocks.submitted(lease_id, block, scorer_id)
                 self._submitted.append((lease_id, block, version))
                 self._passes.scored(block, version)
             self._count(scorer_id, rows.num_rows)
@@ -165,7 +164,7 @@ class Controller:
             return {
                 "pid": os.getpid(),
                 "wanted": self._wanted,
-                "scorers": list(self._scorers.values()),
+                "scorers": [dict(scorer) for scorer in self._scorers.values()],
                 "blocks": len(self._blocks),
                 "leased": self._blocks.leased,
                 "leases_expired": self._blocks.expired,
@@ -173,9 +172,7 @@ class Controller:
                 "store_version": self._writer.version,
                 "rows_received": self._received,
                 "samples_per_second": self._rate(),
-                "samples_per_second_mean": self._received / max(self._last_submit - self._first_submit, 1e-9)
-                if self._last_submit > self._first_submit
-                else 0.0,
+                "samples_per_second_mean": self._received / max(self._last_submit - self._first_lease, 1e-9),
                 "quarantined_rows": self._quarantine.count,
                 "trouble": str(self._failure or self._trouble or "") or None,
             }
@@ -241,7 +238,6 @@ class Controller:
 
     def _count(self, scorer_id: str, rows: int) -> None:
         now = time.monotonic()
-        self._first_submit = self._first_submit or now
         self._last_submit = now
         self._received += rows
         self._rates.append((now, rows))
@@ -255,71 +251,3 @@ class Controller:
         if not self._rates:
             return 0.0
         return sum(rows for _, rows in self._rates) / max(now - self._rates[0][0], 1.0)
-
-
-class _Quarantine:
-    """Rows that must not count, with the reason: the latest one of each sample in a file, all of them counted."""
-
-    def __init__(self, run: Folder, count: int) -> None:
-        self._run = run
-        self.count = count
-        self._lock = threading.Lock()
-        self._rows = self._saved = QUARANTINE_SCHEMA.empty_table()
-        if QUARANTINE_FILE in run.names():
-            self._rows = self._saved = pa.ipc.open_file(run.read(QUARANTINE_FILE)).read_all()
-
-    def add(self, rows: pa.Table, reason: str) -> None:
-        logger.warning("%d rows in quarantine: %s", rows.num_rows, reason)
-        named = rows.append_column("reason", pa.array([reason] * rows.num_rows)).cast(QUARANTINE_SCHEMA)
-        with self._lock:
-            self.count += rows.num_rows
-            self._rows = fold([self._rows, named])
-
-    def save(self) -> None:
-        """Durable on return; nothing to do when nothing was added."""
-        with self._lock:
-            rows = self._rows
-        if rows is self._saved:
-            return
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, QUARANTINE_SCHEMA) as file:
-            file.write_table(rows)
-        self._run.put(QUARANTINE_FILE, sink.getvalue())
-        self._saved = rows
-
-
-class _Passes:
-    """How long a full scoring pass is, in versions, from the blocks as their scores come in.
-
-    A pass ends when every block has been scored since it began; its length counts the versions from its first to its
-    newest. The staleness bound is 4 versions or 2 passes, whichever is more. Notes go with each commit, so that all
-    readers agree and a restarted controller goes on.
-    """
-
-    def __init__(self, num_blocks: int, notes: Mapping[str, Any]) -> None:
-        self._num_blocks = num_blocks
-        self._length = int(notes.get("pass_versions", 0))
-        self._newest_before = self._newest = int(notes.get("newest_scored_version", 0))
-        self._count_before = int(notes.get("model_versions_scored", 0))
-        self._versions: set[int] = set()
-        self._began_at: int | None = None
-        self._done: set[int] = set()
-
-    def scored(self, block: int, version: int) -> None:
-        if version > self._newest_before:
-            self._versions.add(version)
-        self._newest = max(self._newest, version)
-        self._began_at = version if self._began_at is None else self._began_at
-        self._done.add(block)
-        if len(self._done) == self._num_blocks:
-            self._length = max(self._newest - self._began_at, 0) + 1
-            self._done.clear()
-            self._began_at = None
-
-    def notes(self) -> dict[str, Any]:
-        return {
-            "pass_versions": self._length,
-            "staleness_bound": max(DEFAULT_BOUND_VERSIONS, DEFAULT_BOUND_PASSES * self._length),
-            "newest_scored_version": self._newest,
-            "model_versions_scored": self._count_before + len(self._versions),
-        }

@@ -1,5 +1,6 @@
 """uvicorn in a thread, on a socket that is bound before the thread starts, so that a taken port is an error at once."""
 
+import os
 import socket
 import threading
 import time
@@ -45,6 +46,6 @@ def bind(host: str, port: int) -> socket.socket:
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET, backlog=2048
         )
     except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {host}:{port}: {error.strerror}; set rest.port to a free one, or to 0 to take any"
-        ) from error
+        reason = os.strerror(error.errno or 0)
+        fix = "set rest.port to a free one, or to 0 to take any"
+        raise ConfigError(f"cannot listen on {host}:{port}: {reason}; {fix}") from error

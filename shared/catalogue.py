@@ -72,6 +72,11 @@ class Run:
         return int(self.description["num_samples"])
 
     @property
+    def is_up(self) -> bool:
+        """Whether its driver runs, or was killed and left its runtime.json."""
+        return (self.path / "runtime.json").exists()
+
+    @property
     def scores_uri(self) -> Path:
         return self.path / "scores"
 
@@ -121,7 +126,7 @@ class Run:
 
 
 def newest_run(root: Uri) -> Run:
-    """The run below `root` that was created last. Raises RunError when there is none."""
+    """Of the runs below `root` that are up, else of all, the one created last. Raises RunError when there is none."""
     folder = local_path(root)
     runs = []
     for path in folder.glob("*/run.json"):
@@ -129,7 +134,7 @@ def newest_run(root: Uri) -> Run:
             runs.append(Run(path.parent))
     if not runs:
         raise RunError(f"no run in {folder}; name a run folder, or start one with `steppe run CONFIG`")
-    return max(runs, key=lambda run: str(run.description["created_at"]))
+    return max(runs, key=lambda run: (run.is_up, str(run.description["created_at"])))
 
 
 def _json(content: dict[str, Any]) -> bytes:

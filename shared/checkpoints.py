@@ -14,6 +14,7 @@ import datetime
 import hashlib
 import json
 import logging
+import operator
 import os
 import queue
 import shutil
@@ -38,7 +39,7 @@ PERTURBED_FLAG = "_steppe_perturbed"  # set on each parameter by SAM's first ste
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A stable checkpoint: `step` optimizer steps made these weights; `seconds` since the epoch when published."""
+    """A stable checkpoint: `step` optimizer steps made these weights; `published_at` is in seconds since the epoch."""
 
     path: Path
     model_version: int
@@ -60,7 +61,9 @@ class CheckpointPublisher:
         uri: the run folder.
         keep_last: stable versions to keep; older ones are removed.
 
-    Raises: CheckpointError from `publish`, `flush` or `close` when writing failed.
+    A version that cannot be written is counted in `failed` and does not stop the training.
+
+    Raises: CheckpointError from `flush` and `close` when the last version could not be written.
     """
 
     def __init__(self, uri: Uri, *, keep_last: int = 4, max_pending: int = 4) -> None:
@@ -75,6 +78,7 @@ class CheckpointPublisher:
         self._closed = False
         self.published = 0
         self.skipped = 0
+        self.failed = 0
         self.seconds = 0.0  # that callers spent in `publish`
         last = newest(uri)
         self.newest_version = last.model_version if last else 0
@@ -87,7 +91,7 @@ class CheckpointPublisher:
         Raises: PerturbedWeights between SAM's first and second step.
         """
         began = time.perf_counter()
-        self._raise_failure()
+        step = operator.index(step)
         if self._closed:
             raise CheckpointError("this CheckpointPublisher is closed; open a new one")
         if any(getattr(p, PERTURBED_FLAG, False) for p in model.parameters()):
@@ -139,12 +143,15 @@ class CheckpointPublisher:
 
     def _write_copies(self) -> None:
         while (copy := self._copies.get()) is not None:
+            version, step, tensors, tied = copy
             try:
-                version, step, tensors, tied = copy
                 _write(Folder(self._folder.path / _name(version)), step, tensors, tied)
                 self.published += 1
+                self._failure = None
                 _remove_old(self._folder, self._keep_last)
-            except Exception as error:  # the trainer must hear of it in its own thread
+            except Exception as error:  # such as a full disk: training goes on, the next version is tried
+                logger.warning("checkpoint %d could not be written: %s", version, error)
+                self.failed += 1
                 self._failure = error
             finally:
                 self._copies.task_done()

@@ -51,7 +51,9 @@ def read_config(kind: type[C], path: str | os.PathLike[str], settings: Sequence[
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"no configuration file {os.fspath(path)!r}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(f"cannot read {os.fspath(path)!r}: {error.strerror}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{os.fspath(path)}: {error}") from error
     for setting in settings:
         _apply(values, setting)

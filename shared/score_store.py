@@ -244,7 +244,8 @@ class ScoreWriter:
 class ScoreReader:
     """Follows a score store. Never waits for the writer; every answer belongs to one whole version.
 
-    Safe to use from several threads: `refresh` swaps one immutable view for the next. Files are memory-mapped.
+    Safe to use from several threads: `refresh` swaps one immutable view for the next. Files are memory-mapped: keep a
+    store on a local disk.
 
     Raises: StoreError when there is no store at `uri`; StoreCorrupt, naming the file, when one is torn or missing.
     """
@@ -367,7 +368,7 @@ def _conform(table: pa.Table | pa.RecordBatch, num_samples: int) -> pa.Table:
     if len(ids) and (ids.min() < 0 or ids.max() >= num_samples):
         raise StoreMismatch(f"sample ids {ids.min()}..{ids.max()} do not fit 0..{num_samples - 1}")
     if len(ids) and column_array(rows, "model_version").min() < 0:
-        raise StoreMismatch("model_version is below 0; versions are 1, 2, 3 ...")
+        raise StoreMismatch("model_version is below 0")
     return rows
 
 

@@ -128,7 +128,11 @@ class ScoreFeed:
     def refresh(self) -> None:
         """Read what is new, now. The thread calls this all the time; anyone else may too."""
         with self._refreshing:
-            self._refresh()
+            try:
+                self._refresh()
+            except BaseException:
+                self._reader = None  # a repaired store is read afresh
+                raise
 
     def _refresh(self) -> None:
         if self._published is None and (checkpoint := newest(self._run)):
@@ -150,7 +154,6 @@ class ScoreFeed:
             try:
                 self.refresh()
             except Exception as error:  # whatever is wrong with the files, the trainer goes on and the feed tries again
-                self._reader = None
                 self.failures += 1
                 level = logging.WARNING if self.failures == 1 else logging.DEBUG
                 logger.log(level, "scores cannot be read now, the last view stands: %s", error)

@@ -43,7 +43,6 @@ class TrainResult:
 
     steps: int
     test_accuracy: float
-    versions_published: int
     seconds: float
     seconds_in_publish: float
     seconds_in_sampler: float
@@ -132,8 +131,7 @@ def train(
     final = evaluate(model, dataset.test, device) if accuracy is None or stopped() else accuracy
     on_progress(Progress(step, steps, epoch, float(torch.stack(losses).mean()) if losses else loss, final))
     seconds = time.perf_counter() - began
-    publisher.flush()
-    return TrainResult(step, final, publisher.published, seconds, publisher.seconds, sampler.seconds, sampler)
+    return TrainResult(step, final, seconds, publisher.seconds, sampler.seconds, sampler)
 
 
 @torch.no_grad()
@@ -149,9 +147,9 @@ def evaluate(model: nn.Module, images: Images, device: torch.device) -> float:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first GPU where there is one. Raises ConfigError for a device that is not here."""
+    """`auto` is the last GPU, since Ray gives scorers the first ones, else the CPU. ConfigError for one not here."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return torch.device("cuda", torch.cuda.device_count() - 1) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

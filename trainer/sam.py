@@ -19,7 +19,7 @@ class SAM(Optimizer):
     """Wraps a base optimizer: ascend to w + e(w), take the gradient there, step from w.
 
         e(w) = rho * g / (||g||_2 + 1e-12)                 norm over all parameters jointly (eq. 2 with p = 2)
-        e(w) = rho * w^2 g / (|| |w| g ||_2 + 1e-12)       adaptive: T = |w| for all parameters
+        e(w) = rho * w^2 g / (|| |w| g ||_2 + 1e-12)       adaptive: T = |w|, all parameters, no eta
 
     The param groups and the state are the base optimizer's own, so schedulers work and `state_dict` holds its momentum.
     w is kept as a copy and restored bit for bit. Weight decay acts once, in the base step.
@@ -66,6 +66,7 @@ class SAM(Optimizer):
                     continue
                 direction = p.square() * p.grad if group["adaptive"] else p.grad
                 p.add_(direction * scale.to(p.device))
+        torch.clear_autocast_cache()  # it holds low-precision copies of w, which the second pass would use
         if zero_grad:
             self.zero_grad()
 
@@ -84,18 +85,20 @@ class SAM(Optimizer):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Both steps. `closure` clears the gradients, computes the loss, calls backward and returns the loss.
 
-        When gradients are there already they are taken as those at w, and the closure runs only at w + e(w); else it
-        runs twice. Gradients are cleared at the end. Returns the closure's first loss.
+        When gradients other than 0 are there already they are taken as those at w, and the closure runs only at
+        w + e(w); else it runs twice. Gradients are cleared at the end. Returns the closure's first loss.
         BatchNorm statistics see every call of the closure; `sam_step` spares them the second pass.
         """
         if closure is None:
             raise StateError("SAM.step needs a closure; or call first_step and second_step, or trainer.sam.sam_step")
         evaluate = torch.enable_grad()(closure)
         first = None
-        if all(p.grad is None for group in self.param_groups for p in group["params"]):
+        gradients = (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
+        if not any(bool(g.any()) for g in gradients):
             first = evaluate()
         self.first_step(zero_grad=True)
-        second = evaluate()
+        with self.restored_on_failure():
+            second = evaluate()
         self.second_step(zero_grad=True)
         return second if first is None else first
 
@@ -132,6 +135,15 @@ class SAM(Optimizer):
         self.param_groups = self.base_optimizer.param_groups
         self.state = self.base_optimizer.state
 
+    @contextlib.contextmanager
+    def restored_on_failure(self) -> Iterator[None]:
+        """Whatever is raised inside leaves the parameters at w."""
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+
     @torch.no_grad()
     def restore(self) -> None:
         """Back to w without a step, such as after a failure at w + e(w)."""
@@ -139,6 +151,7 @@ class SAM(Optimizer):
             p.copy_(w)
             delattr(p, PERTURBED_FLAG)
         self._weights.clear()
+        torch.clear_autocast_cache()
 
     def _gradient_norm(self) -> Tensor:
         scaled = [
@@ -164,21 +177,21 @@ def sam_step(
 ) -> Tensor:
     """One SAM step on one batch: two passes over the same inputs, running statistics from the first only.
 
+    Under DistributedDataParallel only the second pass synchronises gradients. For low precision use bfloat16 autocast;
+    a GradScaler does not fit two passes.
+
     Args:
         loss_fn: (logits, y) -> scalar loss.
 
     Returns: the loss at w, detached.
     """
     optimizer.zero_grad()
-    loss = loss_fn(model(x), y)
-    torch.autograd.backward(loss)
+    with getattr(model, "no_sync", contextlib.nullcontext)():
+        loss = loss_fn(model(x), y)
+        torch.autograd.backward(loss)
     optimizer.first_step(zero_grad=True)
-    try:
-        with running_statistics_kept(model):
-            torch.autograd.backward(loss_fn(model(x), y))
-    except BaseException:
-        optimizer.restore()
-        raise
+    with optimizer.restored_on_failure(), running_statistics_kept(model):
+        torch.autograd.backward(loss_fn(model(x), y))
     optimizer.second_step(zero_grad=True)
     return loss.detach()
 

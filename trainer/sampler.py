@@ -3,14 +3,17 @@
 import copy
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch.utils.data import Sampler
 
+from shared.checkpoints import newest
 from shared.errors import ConfigError, StateError, SteppeError
 from shared.freshness import age_versions
 from shared.score_store import ScoreReader
@@ -19,7 +22,10 @@ from trainer.feed import Scores, ScoreView
 
 logger = logging.getLogger(__name__)
 
+ScoreSource = Scores | ScoreReader | str | os.PathLike[str] | None
+
 MAX_AGE_COUNTED = 4096
+ROUNDING = 1e-9  # an expected count this close below a whole number is that number
 
 
 @dataclasses.dataclass
@@ -65,8 +71,7 @@ class CurriculumSampler(Sampler[int]):
 
     Args:
         num_samples: N.
-        scores: a `ScoreFeed`; or a `ScoreReader`, whose store is read when a window is planned (ages then count against
-            the newest scored version); or None.
+        scores: a `ScoreFeed`; or a `ScoreReader` or a score store's path, read when a window is planned; or None.
         policy: a `trainer.curriculum` policy or its name.
         seed: of the draws.
         epochs: of the whole training, by which the policy's progress is told; None keeps progress at 0.
@@ -79,7 +84,7 @@ class CurriculumSampler(Sampler[int]):
     def __init__(
         self,
         num_samples: int,
-        scores: Scores | ScoreReader | None,
+        scores: ScoreSource,
         policy: Policy | str = "low_adm_first",
         seed: int = 0,
         *,
@@ -133,22 +138,29 @@ class CurriculumSampler(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         """The rest of this epoch; then the next one begins."""
-        while self._position < self.num_samples:
+        is_last = False
+        while not is_last:
             if self._taken == len(self._window):
                 self._window, self._taken = self._plan(), 0
+            sample_id = int(self._window[self._taken])
             self._taken += 1
             self._position += 1
-            yield int(self._window[self._taken - 1])
-        self._epoch, self._position = self._epoch + 1, 0
+            is_last = self._position == self.num_samples
+            if is_last:  # before it is handed out, so that a state taken after it begins the next epoch
+                self._epoch, self._position = self._epoch + 1, 0
+            yield sample_id
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the coming draws, given the scores. No store version is pinned."""
+        """Everything that decides the coming draws, given the scores. No store version is pinned.
+
+        It goes through `torch.save` and `torch.load` as it is.
+        """
         return {
             "num_samples": self.num_samples,
             "epoch": self._epoch,
             "position": self._position,
-            "window": self._window[self._taken :].copy(),
-            "credit": self._credit_N.copy(),
+            "window": torch.from_numpy(self._window[self._taken :].copy()),
+            "credit": torch.from_numpy(self._credit_N.copy()),
             "rng": copy.deepcopy(self._rng.bit_generator.state),
         }
 
@@ -163,8 +175,8 @@ class CurriculumSampler(Sampler[int]):
         if len(state["credit"]) != self.num_samples or len(state["window"]) > self.num_samples - state["position"]:
             raise StateError("the state's credit, window and position do not fit together")
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
-        self._window, self._taken = np.array(state["window"], dtype=np.int64), 0
-        self._credit_N = np.array(state["credit"], dtype=np.float64)
+        self._window, self._taken = torch.as_tensor(state["window"], dtype=torch.int64).clone().numpy(), 0
+        self._credit_N = torch.as_tensor(state["credit"], dtype=torch.float64).clone().numpy()
         self._rng.bit_generator.state = copy.deepcopy(state["rng"])
 
     def _plan(self) -> npt.NDArray[np.int64]:
@@ -185,9 +197,9 @@ def draw(
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Systematic sampling of `count` ids with weights `p_N` and the credit of earlier draws.
 
-    The expected count of i is e_i = count * p_i / sum(p) + credit_i. What was drawn ahead (e_i < 0) waits; the rest is
-    drawn floor or ceil of its share of `count`. Sums are float64: a float32 sum leaves one in ten of 10 M samples
-    unreachable.
+    The expected count of i is e_i = count * p_i / sum(p) + credit_i. What was drawn ahead (e_i < 0) waits; every
+    other is drawn floor(e_i) times, and once more with a chance in proportion to what is left of e_i. Sums are float64:
+    a float32 sum leaves one in ten of 10 M samples unreachable.
 
     Returns: the ids (count,) in random order, and the new credit e_i - n_i, which sums to 0.
 
@@ -199,16 +211,24 @@ def draw(
             f"a curriculum gave weights from {p_N.min()} to {p_N.max()}; they must be positive and finite"
         )
     expected_N = p_N * (count / total) + credit_N
+    due_N = np.maximum(expected_N, 0.0)
+    drawn_N = np.floor(due_N + ROUNDING).astype(np.int64)
+    rest = count - int(drawn_N.sum())
+    if rest < 0:  # extreme weights: what was drawn ahead leaves less than the whole parts
+        drawn_N, rest = np.zeros(len(p_N), dtype=np.int64), count
     order = rng.permutation(len(p_N))  # neighbours in systematic sampling exclude each other: let them be random ones
-    cumulative = np.cumsum(np.maximum(expected_N, 0.0)[order])
-    points = (np.arange(count) + rng.random()) * (cumulative[-1] / count)
-    drawn = order[np.minimum(np.searchsorted(cumulative, points, side="right"), len(order) - 1)]
-    return rng.permutation(drawn), expected_N - np.bincount(drawn, minlength=len(p_N))
+    cumulative = np.cumsum(np.maximum(due_N - drawn_N, 0.0)[order])
+    points = (np.arange(rest) + rng.random()) * (cumulative[-1] / max(rest, 1))
+    np.add.at(drawn_N, order[np.minimum(np.searchsorted(cumulative, points, side="right"), len(order) - 1)], 1)
+    window = np.repeat(np.arange(len(p_N)), drawn_N)
+    return rng.permutation(window), expected_N - drawn_N
 
 
-def _scores_of(scores: Scores | ScoreReader | None, num_samples: int, measure: str) -> Scores:
+def _scores_of(scores: ScoreSource, num_samples: int, measure: str) -> Scores:
     if scores is None:
         return _NoScores(num_samples)
+    if isinstance(scores, str | os.PathLike):
+        scores = ScoreReader(scores)
     return _ReaderScores(scores, measure) if isinstance(scores, ScoreReader) else scores
 
 
@@ -242,4 +262,6 @@ class _ReaderScores:
         return self._view
 
     def newest_version(self) -> int:
-        return max(int(self._view.model_version_N.max()), 0)
+        """The newest checkpoint of the run that the store is part of; of a store alone, the newest scored version."""
+        published = newest(self._reader.uri.parent)
+        return max(int(self._view.model_version_N.max()), published.model_version if published else 0)

@@ -52,7 +52,9 @@ class Parts:
         )
         self.rest: Any = ray.remote(RestActor).options(num_cpus=0).remote(uri, CONFIG.rest, self.controller)  # type: ignore[attr-defined]
         scorer: Any = ray.remote(num_cpus=0.1, max_concurrency=3)(ScorerActor)  # type: ignore[call-overload]
-        self.fleet = Fleet(self.controller, lambda i: scorer.remote(i, uri, CONFIG, self.controller))
+        self.problems: list[str] = []
+        start = lambda i: scorer.remote(i, uri, CONFIG, self.controller)  # noqa: E731
+        self.fleet = Fleet(self.controller, start, self.problems.append)
 
     def status(self) -> dict[str, Any]:
         return RemoteFleet(self.controller).status()

@@ -105,5 +105,5 @@ def check_summary(summary: dict[str, float]) -> None:
     expected = """test_accuracy seconds steps model_versions_published model_versions_scored scored_rows coverage
         age_versions_p50 age_versions_p95 draws_fresh draws_stale draws_unscored staleness_bound
         scorer_samples_per_second trainer_seconds_in_publish trainer_seconds_in_sampler trainer_seconds_total
-        quarantined_rows"""
+        quarantined_rows run_folder"""
     assert set(expected.split()) == set(summary)

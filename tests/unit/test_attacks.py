@@ -153,7 +153,7 @@ def test_pgd_raises_the_margin_at_least_as_much_as_fgsm(norm):
         (lambda: Pgd(-1.0, 3, 0.1), "epsilon is -1.0"),
         (lambda: Pgd(0.1, 3, 0.1, "max"), "known: linf, l2"),  # type: ignore[arg-type]
         (lambda: Pgd(0.1, 0, 0.1), "steps = 0; it needs at least 1"),
-        (lambda: Pgd(0.1, 3, 0.0), "step_size = 0.0; it must be above 0"),
+        (lambda: Pgd(0.1, 3, -0.1), "step_size = -0.1; it must be a finite number from 0 up"),
         (lambda: Pgd(0.1, 3, -0.1), "step_size = -0.1"),
         (lambda: Pgd(0.1, 3, math.inf), "step_size = inf"),
         (lambda: Pgd(0.1, 3, math.nan), "step_size = nan"),

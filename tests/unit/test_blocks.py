@@ -67,7 +67,7 @@ def test_no_lease_for_blocks_that_are_new_enough(version, leased):
 def test_a_committed_lease_is_done_and_its_block_as_new_as_its_rows():
     table = BlockTable(20, 10)
     done = lease(table, 7)
-    table.submitted(done.lease_id)
+    table.submitted(done.lease_id, done.block, "a")
     table.committed([(done.lease_id, done.block, 7)])
 
     assert table.leased == 0
@@ -95,19 +95,42 @@ def test_an_expired_lease_is_counted_and_its_block_free_again():
     assert again.block == late.block
     assert again.lease_id != late.lease_id
     assert table.expired == 1
-    assert table.block_of(late.lease_id) is None
-    table.submitted(late.lease_id)
+    table.submitted(late.lease_id, late.block, "a")
     assert table.leased == 1
 
 
 def test_rows_that_are_in_have_no_deadline():
     table = BlockTable(10, 10)
     held = lease(table, now=0.0)
-    table.submitted(held.lease_id)
+    table.submitted(held.lease_id, held.block, "a")
 
     assert lease(table, now=1e9) is None
     assert table.expired == 0
-    assert held.block == table.block_of(held.lease_id)
+
+
+def test_late_rows_of_a_free_block_keep_it_from_being_leased_until_their_commit():
+    """The lease expired, or an earlier life of the controller gave it."""
+    table = BlockTable(10, 10)
+    table.submitted(NO_LEASE, 0, "a")
+    assert lease(table, now=0.0) is None
+    table.committed([(NO_LEASE, 0, 1)])
+
+    assert table.oldest_version == 1
+    assert table.leased == 0
+
+
+def test_the_block_of_rows_is_known_by_their_samples():
+    table = BlockTable(25, 10, seed=3)
+
+    for block in range(3):
+        assert table.block_of(table.ids(block)[::-1].copy()) == block
+    assert table.block_of(table.ids(0)[:-1]) is None
+    assert table.block_of(np.append(table.ids(0)[:-1], table.ids(1)[0])) is None
+    assert table.block_of(np.zeros(0, dtype=np.int64)) is None
+
+
+def test_lease_ids_of_two_lives_do_not_meet():
+    assert lease(BlockTable(10, 10), now=0.0).lease_id != lease(BlockTable(10, 10), now=0.0).lease_id
 
 
 def test_release_hands_back_what_has_no_rows_yet():
@@ -115,7 +138,7 @@ def test_release_hands_back_what_has_no_rows_yet():
     submitted = lease(table, scorer="a")
     lease(table, scorer="a")
     lease(table, scorer="b")
-    table.submitted(submitted.lease_id)
+    table.submitted(submitted.lease_id, submitted.block, "a")
 
     assert table.release("a") == 1
     assert table.leased == 2

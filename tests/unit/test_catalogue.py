@@ -109,3 +109,14 @@ def test_damaged_description_is_named(tmp_path: Path) -> None:
 
     with pytest.raises(RunError, match=r"run\.json is not whole"):
         Run(tmp_path)
+
+
+def test_newest_run_prefers_one_that_is_up(tmp_path: Path) -> None:
+    """A short second start must not hide the run that is still going."""
+    up = create(tmp_path / "up")
+    up.write("runtime.json", {"url": "http://127.0.0.1:1"})
+    create(tmp_path / "later")
+
+    assert newest_run(tmp_path).path == up.path
+    up.remove("runtime.json")
+    assert newest_run(tmp_path).path == tmp_path / "later"

@@ -5,6 +5,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -261,10 +262,28 @@ def test_failure_of_the_background_thread_surfaces_in_the_caller(
     monkeypatch.setattr(os, "fsync", no_space)
     publisher.publish(linear(1), 1)
 
-    for call in (publisher.flush, lambda: publisher.publish(linear(2), 2), publisher.close):
+    for call in (publisher.flush, publisher.close):
         with pytest.raises(CheckpointError, match=r"publishing to .*checkpoints failed: .*No space left"):
             call()
+    assert publisher.failed == 1
     assert newest(tmp_path) is None
+
+
+def test_a_version_that_cannot_be_written_does_not_stop_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with CheckpointPublisher(tmp_path) as publisher:
+        with monkeypatch.context() as full, contextlib.suppress(CheckpointError):
+            full.setattr(os, "fsync", no_space)
+            publisher.publish(linear(1), 1)
+            publisher.flush()
+        publisher.publish(linear(2), np.int64(2))
+
+    assert (publisher.failed, publisher.published) == (1, 1)
+    assert (newest(tmp_path).model_version, newest(tmp_path).step) == (2, 2)
 
 
 def test_perturbed_weights_are_refused_and_use_no_version(tmp_path: Path) -> None:

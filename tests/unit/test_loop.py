@@ -100,10 +100,9 @@ def test_versions_are_published_at_the_documented_steps(
     tmp_path: Path, warmup: int, every: int, expected: list[int]
 ) -> None:
     """After the warm-up, then every so many of the 12 steps, and at the end; no step twice."""
-    result, model, _ = run(tmp_path, make_config(warmup_steps=warmup, publish_every_steps=every))
+    _, model, _ = run(tmp_path, make_config(warmup_steps=warmup, publish_every_steps=every))
 
     assert published_steps(tmp_path) == expected
-    assert result.versions_published == len(expected)
     last = load(next(stable(tmp_path)))
     assert all(torch.equal(last[name], value) for name, value in model.state_dict().items())
 

@@ -1,8 +1,9 @@
 """SAM against hand-computed steps, its base optimizer and pytorch_optimizer's SAM."""
 
+import contextlib
 import copy
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -398,3 +399,71 @@ def test_publishing_between_the_steps_is_refused(tmp_path: Path) -> None:
     assert checkpoint is not None
     published = load(checkpoint)
     assert_same([published[name] for name in net.state_dict()], weights(net))
+
+
+def test_second_pass_sees_perturbed_weights_under_autocast() -> None:
+    """Autocast keeps low-precision copies of the weights; a copy of w must not serve the pass at w + e(w)."""
+    net, (x, y) = make_net(), make_batches(1)[0]
+    losses: list[float] = []
+
+    def loss_fn(logits: Tensor, labels: Tensor) -> Tensor:
+        loss = nn.functional.cross_entropy(logits.float(), labels)
+        losses.append(loss.item())
+        return loss
+
+    with torch.autocast("cpu", torch.bfloat16):
+        sam_step(net, SAM(net.parameters(), torch.optim.SGD, rho=0.5, lr=0.1), loss_fn, x, y)
+
+    assert losses[1] > losses[0] + 0.1
+
+
+def test_only_the_second_pass_synchronises() -> None:
+    """As DistributedDataParallel offers it: `no_sync` around the first forward and backward."""
+    passes: list[bool] = []
+
+    class Net(nn.Linear):
+        synced = True
+
+        @contextlib.contextmanager
+        def no_sync(self) -> Iterator[None]:
+            self.synced = False
+            yield
+            self.synced = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            passes.append(self.synced)
+            return super().forward(x)
+
+    net, (x, y) = Net(5, 3), make_batches(1)[0]
+    sam_step(net, SAM(net.parameters(), torch.optim.SGD, lr=0.1), nn.functional.cross_entropy, x, y)
+
+    assert passes == [False, True]
+
+
+def test_closure_that_fails_at_the_perturbed_weights_leaves_w() -> None:
+    net, batch = make_net(), make_batches(1)[0]
+    before = copy.deepcopy(net.state_dict())
+    optimizer = SAM(net.parameters(), torch.optim.SGD, lr=0.1)
+    backward(net, batch)
+
+    def closure() -> Tensor:
+        raise MemoryError
+
+    with pytest.raises(MemoryError):
+        optimizer.step(closure)
+    assert not optimizer.perturbed
+    assert all(torch.equal(before[name], value) for name, value in net.state_dict().items())
+
+
+def test_gradients_that_are_zero_do_not_count_as_those_at_w() -> None:
+    """`zero_grad(set_to_none=False)` before a step whose closure does everything."""
+    nets = [make_net(), make_net()]
+    batch = make_batches(1)[0]
+    for net, to_none in zip(nets, (True, False), strict=True):
+        optimizer = SAM(net.parameters(), torch.optim.SGD, lr=0.1, rho=0.5)
+        backward(net, batch)
+        optimizer.zero_grad(set_to_none=to_none)
+        optimizer.step(lambda net=net: backward(net, batch))
+
+    for one, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(one, other)

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import io
 import itertools
 import math
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
+from shared.checkpoints import CheckpointPublisher
 from shared.errors import ConfigError, StateError
 from shared.score_store import ScoreReader, ScoreWriter
 from tests.rows import make_rows
@@ -372,3 +374,58 @@ def test_settings_out_of_range_are_refused(num_samples: int, settings: dict[str,
 def test_scores_of_another_number_of_samples_are_refused(kind: str, store: ScoreWriter, tmp_path: Path) -> None:
     with ScoreFeed(tmp_path / "elsewhere", 40) as feed, pytest.raises(ConfigError, match=r"40.*39|39.*40"):
         CurriculumSampler(39, ScoreReader(tmp_path / "scores") if kind == "reader" else feed)
+
+
+def test_draws_of_an_epoch_are_floor_or_ceil_of_what_was_expected() -> None:
+    """Over all windows together: credit makes up for what one window drew ahead."""
+    rng = np.random.default_rng(0)
+    p_N = np.exp(-2 * (rng.random(1000) - 0.5))
+    credit_N, drawn_N, expected_N = np.zeros(1000), np.zeros(1000), np.zeros(1000)
+    for _ in range(80):
+        ids, credit_N = draw(p_N, credit_N, 125, rng)
+        drawn_N += np.bincount(ids, minlength=1000)
+        expected_N += 125 * p_N / p_N.sum()
+
+        assert (np.abs(drawn_N - expected_N) < 1 + 1e-6).all()
+
+
+def test_state_goes_through_torch_save_with_its_safe_default() -> None:
+    sampler = CurriculumSampler(50, None, epochs=2)
+    stream = iter(sampler)
+    first = [next(stream) for _ in range(13)]
+    file = io.BytesIO()
+    torch.save(sampler.state_dict(), file)
+    file.seek(0)
+    other = CurriculumSampler(50, None, epochs=2, seed=9)
+    other.load_state_dict(torch.load(file))
+
+    assert list(other) == list(stream)
+    assert len(first) == 13
+
+
+@pytest.mark.parametrize("batch_size", [4, 5])
+def test_state_after_the_last_batch_of_an_epoch_begins_the_next(batch_size: int) -> None:
+    """Whether or not the batch size divides the epoch."""
+    sampler = CurriculumSampler(12, None)
+    batches = iter(BatchSampler(sampler, batch_size, drop_last=False))
+    for _ in range(math.ceil(12 / batch_size)):
+        next(batches)
+    other = CurriculumSampler(12, None, seed=5)
+    other.load_state_dict(sampler.state_dict())
+
+    assert len(list(other)) == 12
+
+
+def test_ages_of_a_store_count_against_the_runs_newest_checkpoint(tmp_path: Path) -> None:
+    """Scores of version 1, while six were published: stale, though nothing newer was scored."""
+    with ScoreWriter(tmp_path / "scores", 10) as writer:
+        writer.append(make_rows(range(10), 1))
+    with CheckpointPublisher(tmp_path) as publisher:
+        for step in range(6):
+            publisher.publish(torch.nn.Linear(1, 1), step)
+            publisher.flush()
+
+    for scores in (ScoreReader(tmp_path / "scores"), tmp_path / "scores", str(tmp_path / "scores")):
+        sampler = CurriculumSampler(10, scores)
+        assert sorted(sampler) != []
+        assert (sampler.draws.fresh, sampler.draws.stale) == (0, 10)

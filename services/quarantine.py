@@ -1,0 +1,45 @@
+"""The quarantine: score rows that must not count, kept with the reason."""
+
+import logging
+import threading
+
+import pyarrow as pa
+
+from shared.schema import QUARANTINE_SCHEMA
+from shared.storage import Folder
+from shared.store_view import fold
+
+logger = logging.getLogger(__name__)
+
+QUARANTINE_FILE = "quarantine.arrow"
+
+
+class Quarantine:
+    """Rows that must not count, with the reason: the latest one of each sample in a file, all of them counted."""
+
+    def __init__(self, run: Folder, count: int) -> None:
+        self._run = run
+        self.count = count
+        self._lock = threading.Lock()
+        self._rows = self._saved = QUARANTINE_SCHEMA.empty_table()
+        if QUARANTINE_FILE in run.names():
+            self._rows = self._saved = pa.ipc.open_file(run.read(QUARANTINE_FILE)).read_all()
+
+    def add(self, rows: pa.Table, reason: str) -> None:
+        logger.warning("%d rows in quarantine: %s", rows.num_rows, reason)
+        named = rows.append_column("reason", pa.array([reason] * rows.num_rows)).cast(QUARANTINE_SCHEMA)
+        with self._lock:
+            self.count += rows.num_rows
+            self._rows = fold([self._rows, named])
+
+    def save(self) -> None:
+        """Durable on return; nothing to do when nothing was added."""
+        with self._lock:
+            rows = self._rows
+        if rows is self._saved:
+            return
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_file(sink, QUARANTINE_SCHEMA) as file:
+            file.write_table(rows)
+        self._run.put(QUARANTINE_FILE, sink.getvalue())
+        self._saved = rows
