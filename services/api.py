@@ -4,9 +4,9 @@ Every error is problem+json (RFC 9457). Changes need the run's bearer token, and
 Handlers are plain functions: they run in a thread pool and never hold up the event loop.
 """
 
+import dataclasses
 import ipaddress
 import secrets
-import threading
 from http import HTTPStatus
 from typing import Annotated, Any, Protocol
 
@@ -66,29 +66,36 @@ def create_app(run: Run, *, fleet: Fleet | None = None, token: str | None = None
     app = FastAPI(
         title="steppe", description="Difficulty of training samples, live.", default_response_class=Json, **documented
     )
-    difficulty = Difficulty(run)
-    lock = threading.Lock()
+    guard, difficulty = Guard(token, loopback), Difficulty(run)
+    _add_probes(app, difficulty)
+    _add_difficulty(app, difficulty, fleet, guard)
+    _add_scorers(app, fleet, guard)
+    _add_error_handlers(app)
+    return app
 
-    def may_read(request: Request) -> None:
-        if not loopback:
-            may_change(request)
 
-    def may_change(request: Request) -> None:
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """Who may do what: on loopback everyone reads; changes, and everything off loopback, need the run's token."""
+
+    token: str | None
+    loopback: bool
+
+    def may_read(self, request: Request) -> None:
+        if not self.loopback:
+            self.may_change(request)
+
+    def may_change(self, request: Request) -> None:
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             raise HTTPException(
-                401, "send the run's token: Authorization: Bearer <token>; it is in the run's `token` file"
+                401, "send the run's token, which is in its file `token`: Authorization: Bearer <token>"
             )
-        if token is None or not secrets.compare_digest(given.encode(), token.encode()):
+        if self.token is None or not secrets.compare_digest(given.encode(), self.token.encode()):
             raise HTTPException(403, "this is not the run's token; it is in the run folder's file `token`")
 
-    def the_fleet() -> Fleet:
-        if fleet is None:
-            raise ServiceError("this service runs without scorers; start the run with `steppe run`")
-        return fleet
 
-    reading, changing = [Depends(may_read)], [Depends(may_change)]
-
+def _add_probes(app: FastAPI, difficulty: Difficulty) -> None:
     @app.get("/livez")
     def livez() -> dict[str, Any]:
         """The process answers."""
@@ -97,28 +104,28 @@ def create_app(run: Run, *, fleet: Fleet | None = None, token: str | None = None
     @app.get("/readyz")
     def readyz(response: Response) -> dict[str, Any]:
         """Scores can be asked for; 503 with the reason before that."""
-        with lock:
-            missing = difficulty.ready()
+        missing = difficulty.ready()
         response.status_code = 503 if missing else 200
         return {"status": "waiting", "reason": missing} if missing else {"status": "ok"}
+
+
+def _add_difficulty(app: FastAPI, difficulty: Difficulty, fleet: Fleet | None, guard: Guard) -> None:
+    reading = [Depends(guard.may_read)]
 
     @app.get("/v1/samples/{sample_id}", dependencies=reading)
     def get_sample(sample_id: int) -> dict[str, Any]:
         """All measures, status and ages of one sample."""
-        with lock:
-            return difficulty.sample(sample_id)
+        return difficulty.sample(sample_id)
 
     @app.post("/v1/scores:query", dependencies=reading)
     def query_scores(query: ScoresQuery) -> dict[str, Any]:
         """Values, percentiles, statuses and ages of many samples, as columns. Changes nothing."""
-        with lock:
-            return difficulty.scores(query.ids, query.measure)
+        return difficulty.scores(query.ids, query.measure)
 
     @app.get("/v1/stats", dependencies=reading)
     def get_stats() -> dict[str, Any]:
         """Coverage, ages, counts; with a fleet also rates and quarantine."""
-        with lock:
-            stats = difficulty.stats()
+        stats = difficulty.stats()
         if fleet is not None:
             try:
                 status = fleet.status()
@@ -132,19 +139,23 @@ def create_app(run: Run, *, fleet: Fleet | None = None, token: str | None = None
         """Stable checkpoints, newest first."""
         return {"checkpoints": difficulty.checkpoints()}
 
-    @app.get("/v1/scorers", dependencies=reading)
+
+def _add_scorers(app: FastAPI, fleet: Fleet | None, guard: Guard) -> None:
+    def the_fleet() -> Fleet:
+        if fleet is None:
+            raise ServiceError("this service runs without scorers; start the run with `steppe run`")
+        return fleet
+
+    @app.get("/v1/scorers", dependencies=[Depends(guard.may_read)])
     def get_scorers() -> dict[str, Any]:
         """Wanted and registered scorers."""
         return _describe_fleet(the_fleet())
 
-    @app.patch("/v1/scorers", dependencies=changing)
+    @app.patch("/v1/scorers", dependencies=[Depends(guard.may_change)])
     def scale_scorers(wanted: Replicas) -> dict[str, Any]:
         """Set the wanted number of scorers; the driver starts or drains them within a second or so."""
         the_fleet().set_wanted(wanted.replicas)
         return _describe_fleet(the_fleet())
-
-    _add_error_handlers(app)
-    return app
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -1,6 +1,7 @@
 """Questions about difficulty, answered from a run's files alone. REST handlers, the CLI and notebooks share them."""
 
 import dataclasses
+import threading
 import time
 from typing import Any
 
@@ -36,6 +37,7 @@ class Difficulty:
         self.run = run
         self._reader: ScoreReader | None = None
         self._percentiles: dict[str, _Percentiles] = {}
+        self._lock = threading.RLock()  # an answer is made whole before the next one refreshes
 
     def refresh(self) -> ScoreReader:
         """The reader, at the newest version. Raises StoreError while no score store is there."""
@@ -47,53 +49,57 @@ class Difficulty:
 
     def scores(self, ids: npt.ArrayLike, measure: str = "adm") -> dict[str, Any]:
         """Columns for `ids`, in the order asked. Raises DataError for an unknown id, ConfigError for a measure."""
-        reader = self.refresh()
-        return self._describe(reader, reader.lookup(ids), measure)
+        with self._lock:
+            reader = self.refresh()
+            return self._describe(reader, reader.lookup(ids), measure)
 
     def sample(self, sample_id: int) -> dict[str, Any]:
         """Everything known of one sample: each measure, status, ages. Raises DataError for an unknown id."""
-        reader = self.refresh()
-        row = reader.lookup([sample_id])
-        columns = self._describe(reader, row, "adm")
-        scored = columns["status"][0] != "unscored"
-        measures = {
-            name: rule.show({column: row.column(column).to_numpy() for column in rule.columns}).item()
-            for name, rule in MEASURES.items()
-            if scored
-        }
-        about = self.run.samples().slice(sample_id, 1).to_pylist()[0]
-        facts = {key: value[0] for key, value in columns.items() if isinstance(value, list)}
-        shared = {key: value for key, value in columns.items() if not isinstance(value, list)}
-        outcome = {key: row.column(key)[0].as_py() for key in ("predicted", "correct", "robust")}
-        answer: dict[str, Any] = shared | about | facts | {"measures": measures or None} | outcome
-        return answer
+        with self._lock:
+            reader = self.refresh()
+            row = reader.lookup([sample_id])
+            columns = self._describe(reader, row, "adm")
+            scored = columns["status"][0] != "unscored"
+            measures = {
+                name: rule.show({column: row.column(column).to_numpy() for column in rule.columns}).item()
+                for name, rule in MEASURES.items()
+                if scored
+            }
+            about = self.run.samples().slice(sample_id, 1).to_pylist()[0]
+            facts = {key: value[0] for key, value in columns.items() if isinstance(value, list)}
+            shared = {key: value for key, value in columns.items() if not isinstance(value, list)}
+            outcome = {key: row.column(key)[0].as_py() for key in ("predicted", "correct", "robust")}
+            answer: dict[str, Any] = shared | about | facts | {"measures": measures or None} | outcome
+            return answer
 
     def stats(self) -> dict[str, Any]:
         """Coverage, ages and counts of the whole run."""
-        reader = self.refresh()
-        checkpoint = newest(self.run.path)
-        newest_version = checkpoint.model_version if checkpoint else 0
-        bound = staleness_bound(reader.metadata)
-        version_N = reader.dense("model_version")
-        age_N = age_versions(version_N, newest_version)
-        scored = age_N[age_N >= 0]
-        status, count = np.unique(statuses(age_N, bound), return_counts=True)
-        ages = np.quantile(scored, AGE_QUANTILES).tolist() if len(scored) else [None] * len(AGE_QUANTILES)
-        return {
-            "run_id": self.run.description["run_id"],
-            "num_samples": reader.num_samples,
-            "coverage": len(scored) / reader.num_samples,
-            "status": dict.fromkeys(("fresh", "stale", "unscored"), 0) | dict(zip(status, count.tolist(), strict=True)),
-            "age_versions_p50": ages[0],
-            "age_versions_p95": ages[1],
-            "staleness_bound": bound,
-            "store_version": reader.version,
-            "committed_at": reader.committed_at.isoformat() if reader.committed_at else None,
-            "scored_rows": reader.rows,
-            "newest_model_version": newest_version,
-            "newest_step": checkpoint.step if checkpoint else 0,
-            "model_versions_scored": int(reader.metadata.get("model_versions_scored", 0)),
-        }
+        with self._lock:
+            reader = self.refresh()
+            checkpoint = newest(self.run.path)
+            newest_version = checkpoint.model_version if checkpoint else 0
+            bound = staleness_bound(reader.metadata)
+            version_N = reader.dense("model_version")
+            age_N = age_versions(version_N, newest_version)
+            scored = age_N[age_N >= 0]
+            status, count = np.unique(statuses(age_N, bound), return_counts=True)
+            ages = np.quantile(scored, AGE_QUANTILES).tolist() if len(scored) else [None] * len(AGE_QUANTILES)
+            return {
+                "run_id": self.run.description["run_id"],
+                "num_samples": reader.num_samples,
+                "coverage": len(scored) / reader.num_samples,
+                "status": dict.fromkeys(("fresh", "stale", "unscored"), 0)
+                | dict(zip(status, count.tolist(), strict=True)),
+                "age_versions_p50": ages[0],
+                "age_versions_p95": ages[1],
+                "staleness_bound": bound,
+                "store_version": reader.version,
+                "committed_at": reader.committed_at.isoformat() if reader.committed_at else None,
+                "scored_rows": reader.rows,
+                "newest_model_version": newest_version,
+                "newest_step": checkpoint.step if checkpoint else 0,
+                "model_versions_scored": int(reader.metadata.get("model_versions_scored", 0)),
+            }
 
     def checkpoints(self) -> list[dict[str, Any]]:
         """Stable checkpoints, newest first."""
@@ -111,11 +117,12 @@ class Difficulty:
 
     def ready(self) -> str | None:
         """None when difficulty can be asked for, else what is missing."""
-        try:
-            reader = self.refresh()
-        except StoreError as error:
-            return str(error)
-        return None if reader.version else "no scores are committed yet"
+        with self._lock:
+            try:
+                reader = self.refresh()
+            except StoreError as error:
+                return str(error)
+            return None if reader.version else "no scores are committed yet"
 
     def _describe(self, reader: ScoreReader, rows: pa.Table, measure: str) -> dict[str, Any]:
         rule = find_measure(measure)

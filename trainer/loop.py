@@ -78,26 +78,10 @@ def train(
             "BatchNorm has no variance; choose another"
         )
     steps = config.epochs * math.ceil(num_samples / config.batch_size)
-    sampler = CurriculumSampler(
-        num_samples,
-        scores,
-        build_policy(config.curriculum),
-        config.seed,
-        epochs=config.epochs,
-        windows_per_epoch=config.curriculum.windows_per_epoch,
-        lookahead_versions=_lookahead(config, num_samples),
-    )
+    sampler = _build_sampler(config, num_samples, scores)
     batches = BatchSampler(sampler, config.batch_size, drop_last=False)
     model.to(device).train()
-    optimizer = SAM(
-        model.parameters(),
-        torch.optim.SGD,
-        rho=config.sam.rho,
-        adaptive=config.sam.adaptive,
-        lr=config.learning_rate,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-    )
+    optimizer = _build_optimizer(config, model)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
     loss_fn = nn.CrossEntropyLoss()
 
@@ -156,6 +140,30 @@ def pick_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"train.device is {name!r}: {str(error).splitlines()[0]}; use auto, cpu or cuda:0") from error
     return device
+
+
+def _build_sampler(config: TrainConfig, num_samples: int, scores: Scores) -> CurriculumSampler:
+    return CurriculumSampler(
+        num_samples,
+        scores,
+        build_policy(config.curriculum),
+        config.seed,
+        epochs=config.epochs,
+        windows_per_epoch=config.curriculum.windows_per_epoch,
+        lookahead_versions=_lookahead(config, num_samples),
+    )
+
+
+def _build_optimizer(config: TrainConfig, model: nn.Module) -> SAM:
+    return SAM(
+        model.parameters(),
+        torch.optim.SGD,
+        rho=config.sam.rho,
+        adaptive=config.sam.adaptive,
+        lr=config.learning_rate,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+    )
 
 
 def _lookahead(config: TrainConfig, num_samples: int) -> int:
