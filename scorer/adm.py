@@ -39,89 +39,84 @@ def score_batch(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, attack: Attack) -
     Raises: DataError (a ValueError) for labels out of range, inputs outside the clamp range or not finite, or lengths
         that differ.
     """
-    y_B = _check_inputs(x_BCHW, y_B, attack)
-    device = x_BCHW.device
+    y_B, num_labels = _check_inputs(x_BCHW, y_B, attack)
     # The precision of a score is part of what it is: not the caller's autocast.
-    with _undisturbed(model, device), torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+    with _undisturbed(model, x_BCHW.device), torch.inference_mode(False), _no_autocast(x_BCHW.device):
         x_BCHW = x_BCHW.clone() if x_BCHW.is_inference() else x_BCHW.detach()
         y_B = y_B.clone() if y_B.is_inference() else y_B
 
-        def gradient(at_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            """The margin's gradient to the input, and on the way logits, margin and q."""
+        def gradient(at_BCHW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """The margin's gradient to the input, and on the way the logits and its gradient to them."""
             leaf_BCHW = at_BCHW.detach().requires_grad_()
             with torch.enable_grad():
-                output_BK = _forward(model, leaf_BCHW, y_B)
-            logits_BK = output_BK.detach().double()
-            m_B, q_BK = margin_and_q(logits_BK, y_B)
-            output_grad_BK = q_BK.scatter(1, y_B[:, None], -1.0).to(output_BK.dtype)
-            (grad_BCHW,) = torch.autograd.grad(output_BK, leaf_BCHW, output_grad_BK)
-            return grad_BCHW, logits_BK, m_B, q_BK
+                logits_BK = _forward(model, leaf_BCHW, num_labels)
+            margin_grad_BK = _margin_gradient(logits_BK.detach(), y_B)
+            (grad_BCHW,) = torch.autograd.grad(logits_BK, leaf_BCHW, margin_grad_BK)
+            return grad_BCHW, logits_BK.detach(), margin_grad_BK
 
-        grad_BCHW, logits_BK, m_B, q_BK = gradient(x_BCHW)
+        grad_BCHW, logits_BK, margin_grad_BK = gradient(x_BCHW)
         with torch.no_grad():
             adversarial_BCHW = attack(x_BCHW, grad_BCHW, lambda at_BCHW: gradient(at_BCHW)[0])
             # An input that did not move has a ratio of exactly 1, whatever kernels the second forward uses.
             same_B = (adversarial_BCHW - x_BCHW).flatten(1).abs_().sum(1) == 0
-            adversarial_BK = _forward(model, adversarial_BCHW, y_B).double()
+            adversarial_BK = _forward(model, adversarial_BCHW, num_labels)
             adversarial_BK = torch.where(same_B[:, None], logits_BK, adversarial_BK)
-            adversarial_m_B = margin(adversarial_BK, y_B)
-            log_loss_B, adversarial_log_loss_B = log_softplus(torch.stack([m_B, adversarial_m_B]))
-            # d softplus(m) / d m = sigmoid(m) = 1 - softmax(z)_y; the other classes share that mass as q does.
-            wrong_B = m_B.sigmoid()
-            predicted_B = logits_BK.argmax(1)
+            logits_2BK = torch.stack([logits_BK, adversarial_BK]).double()
+            m_2B = margin(logits_2BK, y_B.expand(2, -1))
+            log_loss_2B = log_softplus(m_2B)
+            predicted_2B = logits_2BK.argmax(2)
+            right_2B = predicted_2B == y_B
+            # d softplus(m) / d m = sigmoid(m) = 1 - softmax(z)_y; and softmax(z) - onehot(y) is that times dm/dz.
+            wrong_B = m_2B[0].sigmoid()
             columns = {
-                "margin": m_B.float(),
-                "adversarial_margin": adversarial_m_B.float(),
-                "log_ratio": (adversarial_log_loss_B - log_loss_B).float(),
+                "margin": m_2B[0].float(),
+                "adversarial_margin": m_2B[1].float(),
+                "log_ratio": (log_loss_2B[1] - log_loss_2B[0]).float(),
                 "grad_norm": (wrong_B * torch.linalg.vector_norm(grad_BCHW.flatten(1), dim=1)).float(),
-                "el2n": (wrong_B * (1 + q_BK.square().sum(1)).sqrt()).float(),
-                "predicted": predicted_B.int(),
-                "correct": predicted_B == y_B,
-                "robust": adversarial_BK.argmax(1) == y_B,
+                "el2n": (wrong_B * torch.linalg.vector_norm(margin_grad_BK, dim=1)).float(),
+                "predicted": predicted_2B[0].int(),
+                "correct": right_2B[0],
+                "robust": right_2B[1],
             }
             return {name: column.cpu() for name, column in columns.items()}
 
 
 def margin(logits_BK: Tensor, y_B: Tensor) -> Tensor:
-    """m = logsumexp_{j != y}(z_j) - z_y, shape (B,): negative when confident and right."""
-    return margin_and_q(logits_BK, y_B)[0]
+    """m = logsumexp_{j != y}(z_j) - z_y over the last dimension: negative when confident and right."""
+    label_B1 = y_B[..., None]
+    others_BK = logits_BK.scatter(-1, label_B1, float("-inf"))
+    return others_BK.logsumexp(-1) - logits_BK.gather(-1, label_B1).squeeze(-1)
 
 
-def margin_and_q(logits_BK: Tensor, y_B: Tensor) -> tuple[Tensor, Tensor]:
-    """The margin (B,) and q (B, K), its gradient to the logits: dm/dz_j = q_j = softmax over j != y; dm/dz_y = -1.
-
-    q is 0 at y itself.
-    """
+def _margin_gradient(logits_BK: Tensor, y_B: Tensor) -> Tensor:
+    """dm/dz, shape (B, K): the softmax over j != y, and -1 at y."""
     label_B1 = y_B[:, None]
-    others_BK = logits_BK.scatter(1, label_B1, float("-inf"))
-    most_B1 = others_BK.amax(1, keepdim=True)
-    e_BK = (others_BK - most_B1).exp()
-    sum_B1 = e_BK.sum(1, keepdim=True)
-    m_B1 = sum_B1.log() + most_B1 - logits_BK.gather(1, label_B1)
-    return m_B1.squeeze(1), e_BK / sum_B1
+    wide_BK = logits_BK.to(torch.promote_types(logits_BK.dtype, torch.float32))
+    gradient_BK = wide_BK.scatter(1, label_B1, float("-inf")).softmax(1)
+    return gradient_BK.scatter_(1, label_B1, -1.0).to(logits_BK.dtype)
 
 
 def log_softplus(m_B: Tensor) -> Tensor:
-    """ln softplus(m), the log of the cross-entropy at margin m, accurate where the cross-entropy underflows.
+    """ln softplus(m), the log of the cross-entropy at margin m, of float64 margins of any size.
 
-    Below m = -10: softplus(m) = e^m (1 - e^m/2 + e^2m/3 - ...), whose log is m - e^m/2 but for 5e-10.
+    Below m = -30 softplus(m) = e^m (1 - e^m/2 + ...), whose log is m to 5e-14.
     """
-    near_B = nn.functional.softplus(m_B.clamp_min(-10.0)).log_()
-    return torch.where(m_B < -10.0, m_B - m_B.clamp_max(-10.0).exp_() / 2, near_B)
+    return torch.where(m_B < -30.0, m_B, nn.functional.softplus(m_B).log())
 
 
-def _forward(model: nn.Module, x_BCHW: Tensor, y_B: Tensor) -> Tensor:
-    """The model's logits (B, K), checked against the labels."""
+def _forward(model: nn.Module, x_BCHW: Tensor, num_labels: int) -> Tensor:
+    """The model's logits (B, K), checked to be of as many classes as the labels need."""
     logits_BK: Tensor = model(x_BCHW)
-    if logits_BK.dim() != 2 or len(logits_BK) != len(y_B) or logits_BK.shape[1] < 2:
-        raise DataError(f"the model gives logits of shape {tuple(logits_BK.shape)}; needed is ({len(y_B)}, K), K >= 2")
-    if len(y_B) and int(y_B.max()) >= logits_BK.shape[1]:
-        raise DataError(f"label {int(y_B.max())} is outside 0..{logits_BK.shape[1] - 1}, the model's classes")
+    if logits_BK.dim() != 2 or len(logits_BK) != len(x_BCHW) or logits_BK.shape[1] < 2:
+        shape = tuple(logits_BK.shape)
+        raise DataError(f"the model gives logits of shape {shape}; needed is ({len(x_BCHW)}, K), K >= 2")
+    if num_labels > logits_BK.shape[1]:
+        raise DataError(f"label {num_labels - 1} is outside 0..{logits_BK.shape[1] - 1}, the model's classes")
     return logits_BK
 
 
-def _check_inputs(x_BCHW: Tensor, y_B: Tensor, attack: Attack) -> Tensor:
-    """The labels as int64 on the inputs' device."""
+def _check_inputs(x_BCHW: Tensor, y_B: Tensor, attack: Attack) -> tuple[Tensor, int]:
+    """The labels as int64 on the inputs' device, and one more than the highest."""
     if y_B.dim() != 1 or x_BCHW.dim() < 2 or len(x_BCHW) != len(y_B):
         raise DataError(f"inputs of shape {tuple(x_BCHW.shape)} and labels of shape {tuple(y_B.shape)} do not match")
     if not x_BCHW.is_floating_point():
@@ -130,15 +125,21 @@ def _check_inputs(x_BCHW: Tensor, y_B: Tensor, attack: Attack) -> Tensor:
         raise DataError(f"labels are {y_B.dtype}; they must be integers")
     y_B = y_B.to(device=x_BCHW.device, dtype=torch.int64)
     if not len(y_B):
-        return y_B
-    if int(y_B.min()) < 0:
-        raise DataError(f"label {int(y_B.min())} is below 0")
+        return y_B, 0
+    lowest, highest = (int(v) for v in torch.aminmax(y_B))
+    if lowest < 0:
+        raise DataError(f"label {lowest} is below 0")
     largest = torch.finfo(x_BCHW.dtype).max
     low, high = attack.clamp or (-largest, largest)
     least, most = (float(v) for v in torch.aminmax(x_BCHW.detach()))
     if not (low <= least and most <= high):  # also when one is NaN
         raise DataError(f"inputs lie in [{least}, {most}], outside the clamp range [{low}, {high}]")
-    return y_B
+    return y_B, highest + 1
+
+
+def _no_autocast(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    off = not torch.is_autocast_enabled(device.type)
+    return contextlib.nullcontext() if off else torch.autocast(device.type, enabled=False)
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ class Fgsm:
         _check(self.epsilon, self.norm, self.clamp)
 
     def __call__(self, x_BCHW: Tensor, grad_BCHW: Tensor, gradient: Callable[[Tensor], Tensor]) -> Tensor:
-        return _clamp(_direction(grad_BCHW, self.norm).mul_(self.epsilon).add_(x_BCHW), self.clamp)
+        return _clamp(x_BCHW.add(_direction(grad_BCHW, self.norm), alpha=self.epsilon), self.clamp)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ class Pgd:
         for step in range(self.steps):
             if step:
                 grad_BCHW = gradient(adversarial_BCHW)
-            moved_BCHW = _direction(grad_BCHW, self.norm).mul_(self.step_size).add_(adversarial_BCHW)
+            moved_BCHW = adversarial_BCHW.add(_direction(grad_BCHW, self.norm), alpha=self.step_size)
             delta_BCHW = _project(moved_BCHW.sub_(x_BCHW), self.epsilon, self.norm)
             adversarial_BCHW = _clamp(delta_BCHW.add_(x_BCHW), self.clamp)
         return adversarial_BCHW
