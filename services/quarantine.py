@@ -5,7 +5,7 @@ import threading
 
 import pyarrow as pa
 
-from shared.schema import QUARANTINE_SCHEMA
+from shared.schema import QUARANTINE_SCHEMA, arrow_file
 from shared.storage import Folder
 from shared.store_view import fold
 
@@ -38,8 +38,5 @@ class Quarantine:
             rows = self._rows
         if rows is self._saved:
             return
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, QUARANTINE_SCHEMA) as file:
-            file.write_table(rows)
-        self._run.put(QUARANTINE_FILE, sink.getvalue())
+        self._run.put(QUARANTINE_FILE, arrow_file(rows))
         self._saved = rows

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from shared.datasets import Images
 from shared.errors import RunError
+from shared.schema import arrow_file
 from shared.storage import Folder, local_path
 
 Uri = str | os.PathLike[str]
@@ -57,10 +58,7 @@ class Run:
                 raise taken
             ids = np.arange(len(train))
             samples = pa.table({"sample_id": ids, "key": [str(i) for i in ids], "label": train.label_N})
-            sink = pa.BufferOutputStream()
-            with pa.ipc.new_file(sink, samples.schema) as file:
-                file.write_table(samples)
-            folder.put("samples.arrow", sink.getvalue())
+            folder.put("samples.arrow", arrow_file(samples))
             if not folder.create("run.json", _json(description)):  # last: what has it is whole
                 raise taken
         except OSError as error:

@@ -1,4 +1,4 @@
-"""The score row: what one scoring of one sample yields.
+"""The score row: what one scoring of one sample yields; and how rows become a file.
 
 Every loss-like measure is a function of the row (`shared.measures`), so that one store serves every curriculum.
 """
@@ -27,3 +27,11 @@ FLOAT_COLUMNS = ("margin", "adversarial_margin", "log_ratio", "grad_norm", "el2n
 
 SNAPSHOT_SCHEMA = SCORE_SCHEMA.append(pa.field("store_version", pa.int64()))  # the commit that brought the row
 QUARANTINE_SCHEMA = SCORE_SCHEMA.append(pa.field("reason", pa.string()))
+
+
+def arrow_file(rows: pa.Table) -> pa.Buffer:
+    """The bytes of an Arrow IPC file that holds `rows` as one record batch."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, rows.schema) as file:
+        file.write_table(rows.combine_chunks())
+    return sink.getvalue()

@@ -71,21 +71,21 @@ class Folder:
 
     def names(self) -> list[str]:
         """Names in order; a folder that is not there is empty, temporary files are not names."""
-        try:
-            return sorted(name for name in os.listdir(self.path) if not name.startswith("."))
-        except FileNotFoundError:
-            return []
+        return [name for name in self._listing() if not name.startswith(".")]
 
     def temporary_names(self) -> list[str]:
         """What `put` and `create` are writing now, or died over."""
-        try:
-            return sorted(name for name in os.listdir(self.path) if name.startswith("."))
-        except FileNotFoundError:
-            return []
+        return [name for name in self._listing() if name.startswith(".")]
 
     def delete(self, name: str) -> None:
         """Remove `name`; nothing happens when it is not there."""
         (self.path / name).unlink(missing_ok=True)
+
+    def _listing(self) -> list[str]:
+        try:
+            return sorted(os.listdir(self.path))
+        except FileNotFoundError:
+            return []
 
     @contextlib.contextmanager
     def _temporary(self, name: str, data: "bytes | pa.Buffer") -> Iterator[Path]:

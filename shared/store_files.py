@@ -18,7 +18,7 @@ import numpy as np
 import pyarrow as pa
 
 from shared.errors import StoreCorrupt, StoreError, StoreMismatch
-from shared.schema import SNAPSHOT_SCHEMA
+from shared.schema import SNAPSHOT_SCHEMA, arrow_file
 from shared.storage import Folder
 
 FORMAT = 1
@@ -136,10 +136,7 @@ class StoreFiles:
         return self._manifests.create(_name(manifest.generation), manifest.dump())
 
     def write_part(self, kind: str, stem: str, rows: pa.Table, version: int) -> Part:
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_file(sink, rows.schema) as file:
-            file.write_table(rows.combine_chunks())
-        data = sink.getvalue()
+        data = arrow_file(rows)
         name = f"{stem}-{secrets.token_hex(3)}.arrow"
         self._parts[kind].put(name, data)
         return Part(name, rows.num_rows, data.size, hashlib.sha256(data).hexdigest(), version)

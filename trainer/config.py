@@ -1,10 +1,9 @@
 """Settings of the training."""
 
-from typing import Literal
-
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from shared.config import Config
+from trainer.curriculum import find_policy
 
 
 class SamConfig(Config):
@@ -17,11 +16,17 @@ class SamConfig(Config):
 class CurriculumConfig(Config):
     """Which samples are drawn more often. `strength` is b, `fade_until` the share of training at which it reaches 0."""
 
-    name: Literal["uniform", "low_adm_first"] = "low_adm_first"
+    name: str = "low_adm_first"
     strength: float = Field(default=1.0, ge=0, le=100)
     fade_until: float = Field(default=0.7, gt=0, le=1)
     windows_per_epoch: int = Field(default=8, ge=1)
     refresh_interval_s: float = Field(default=0.5, gt=0)
+
+    @field_validator("name")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        find_policy(name)
+        return name
 
 
 class TrainConfig(Config):

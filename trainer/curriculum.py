@@ -4,6 +4,7 @@ A new policy is one frozen dataclass with `weights`, one line in POLICIES and on
 """
 
 import dataclasses
+import inspect
 from typing import Protocol
 
 import numpy as np
@@ -75,11 +76,12 @@ class LowAdmFirst:
 POLICIES: dict[str, type[Policy]] = {"uniform": Uniform, "low_adm_first": LowAdmFirst}
 
 
-def find_policy(name: str) -> Policy:
-    """The policy `name` with its default settings. Raises ConfigError listing the known names."""
+def find_policy(name: str, **settings: float) -> Policy:
+    """The policy `name` with those of `settings` that it has. Raises ConfigError listing the known names."""
     if name not in POLICIES:
         raise ConfigError(f"no curriculum {name!r}; known: {', '.join(POLICIES)}")
-    return POLICIES[name]()
+    has = inspect.signature(POLICIES[name]).parameters
+    return POLICIES[name](**{key: value for key, value in settings.items() if key in has})
 
 
 def trust(age_N: npt.NDArray[np.int64], bound: int) -> Floats:

@@ -16,8 +16,8 @@ from torch.utils.data import BatchSampler
 from shared.checkpoints import CheckpointPublisher
 from shared.datasets import Dataset, Images
 from shared.errors import ConfigError
-from trainer.config import CurriculumConfig, TrainConfig
-from trainer.curriculum import LowAdmFirst, Policy, Uniform
+from trainer.config import TrainConfig
+from trainer.curriculum import find_policy
 from trainer.feed import Scores
 from trainer.sam import SAM, sam_step
 from trainer.sampler import CurriculumSampler
@@ -47,12 +47,6 @@ class TrainResult:
     seconds_in_publish: float
     seconds_in_sampler: float
     sampler: CurriculumSampler
-
-
-def build_policy(config: CurriculumConfig) -> Policy:
-    if config.name == "uniform":
-        return Uniform()
-    return LowAdmFirst(config.strength, config.fade_until)
 
 
 def train(
@@ -143,13 +137,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def _build_sampler(config: TrainConfig, num_samples: int, scores: Scores) -> CurriculumSampler:
+    curriculum = config.curriculum
     return CurriculumSampler(
         num_samples,
         scores,
-        build_policy(config.curriculum),
+        find_policy(curriculum.name, strength=curriculum.strength, fade_until=curriculum.fade_until),
         config.seed,
         epochs=config.epochs,
-        windows_per_epoch=config.curriculum.windows_per_epoch,
+        windows_per_epoch=curriculum.windows_per_epoch,
         lookahead_versions=_lookahead(config, num_samples),
     )
 
