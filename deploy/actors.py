@@ -1,19 +1,25 @@
 """The plain classes of scorer and services as Ray actors, and the controller as these see it from afar."""
 
 import contextlib
+import functools
 import logging
 import os
+import threading
+import time
+from collections.abc import Mapping
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow as pa
 import ray
 
+from deploy.logs import log_to
 from deploy.packages import check_packages
 from services.config import ControllerConfig, RestConfig
-from services.controller import Controller
+from services.controller import Controller, Decision
 from shared.catalogue import Run
-from shared.errors import ServiceError, SteppeError
+from shared.errors import ServiceError, SteppeError, StoreMismatch
+from shared.events import Events
 from shared.leases import Lease
 
 if TYPE_CHECKING:
@@ -23,6 +29,9 @@ Handle = Any  # a Ray actor handle, whose methods are made at run time
 T = TypeVar("T")
 CONTROLLER_TIMEOUT_S = 2.0
 LOWEST_PRIORITY = 19
+REOPEN_INTERVAL_S = 1.0
+
+logger = logging.getLogger(__name__)
 
 
 class RemoteLeases:
@@ -34,11 +43,14 @@ class RemoteLeases:
     def lease(self, scorer_id: str, model_version: int) -> "Future[Lease | None]":
         return _future(self._controller.lease.remote(scorer_id, model_version, os.getpid()))
 
-    def submit(self, scorer_id: str, lease_id: int, rows: pa.Table) -> "Future[None]":
-        return _future(self._controller.submit.remote(scorer_id, lease_id, rows))
+    def submit(self, scorer_id: str, lease_id: int, rows: pa.Table, failed: Mapping[int, str]) -> "Future[None]":
+        return _future(self._controller.submit.remote(scorer_id, lease_id, rows, dict(failed)))
 
     def release(self, scorer_id: str) -> "Future[None]":
         return _future(self._controller.release.remote(scorer_id))
+
+    def report(self, scorer_id: str, event: str, detail: str) -> "Future[None]":
+        return _future(self._controller.report.remote(scorer_id, event, detail))
 
 
 class RemoteFleet:
@@ -60,6 +72,7 @@ class ScorerActor:
 
     def __init__(self, scorer_id: str, run_uri: str, config: "RunConfig", controller: Handle) -> None:
         check_packages()
+        log_to(run_uri, scorer_id)
         import torch
 
         from scorer.worker import Worker, build_attack
@@ -87,27 +100,84 @@ class ScorerActor:
             device="cuda" if on_gpu else "cpu",
         )
         ask(controller.register.remote(scorer_id, os.getpid()), timeout_s=30.0)
+        logger.info("%s waits for weights (pid %d)", scorer_id, os.getpid())
 
     def ready(self) -> int:
         """The process id, once the scorer waits for weights."""
         return os.getpid()
 
     def run(self) -> int:
-        return self._worker.run()
+        try:
+            return self._worker.run()
+        except Exception:
+            logger.exception("this scorer ends")
+            raise
 
     def drain(self) -> None:
         self._worker.stop()
 
 
-class ControllerActor(Controller):
-    """The controller in its own process."""
+class ControllerActor:
+    """The controller in its own process.
+
+    Ray starts a killed one again, but not one whose constructor raises: so the controller is opened here by whoever
+    asks first, and when that fails, such as on a full disk, by the next one after a moment.
+    """
 
     def __init__(
         self, run_uri: str, num_samples: int, scoring_id: str, config: ControllerConfig, *, wanted: int
     ) -> None:
         check_packages()
-        logging.basicConfig(level=logging.INFO)
-        super().__init__(run_uri, num_samples, scoring_id, config, wanted=wanted)
+        log_to(run_uri, "controller")
+        self._open = functools.partial(Controller, run_uri, num_samples, scoring_id, config, wanted=wanted)
+        self._events = Events(run_uri)
+        self._opened: Controller | None = None
+        self._trouble: SteppeError = ServiceError("")
+        self._not_before = 0.0
+
+    def register(self, scorer_id: str, pid: int) -> None:
+        self._controller().register(scorer_id, pid)
+
+    def lease(self, scorer_id: str, model_version: int, pid: int) -> Lease | None:
+        return self._controller().lease(scorer_id, model_version, pid)
+
+    def submit(self, scorer_id: str, lease_id: int, rows: pa.Table, failed: dict[int, str]) -> None:
+        self._controller().submit(scorer_id, lease_id, rows, failed)
+
+    def report(self, scorer_id: str, event: str, detail: str) -> None:
+        self._controller().report(scorer_id, event, detail)
+
+    def release(self, scorer_id: str) -> int:
+        return self._controller().release(scorer_id)
+
+    def decide(self, alive: tuple[str, ...]) -> list[Decision]:
+        return self._controller().decide(alive)
+
+    def set_wanted(self, replicas: int) -> None:
+        self._controller().set_wanted(replicas)
+
+    def status(self) -> dict[str, Any]:
+        return self._controller().status()
+
+    def close(self) -> None:
+        if self._opened is not None:
+            self._opened.close()
+
+    def _controller(self) -> Controller:
+        """Raises ServiceError while it cannot be opened, StoreMismatch for a store that it may not write."""
+        if self._opened is None:
+            if time.monotonic() < self._not_before:
+                raise self._trouble
+            try:
+                self._opened = self._open()
+            except Exception as error:  # whatever it is: the training goes on, and the next one tries again
+                logger.warning("the controller cannot open the score store: %s", error)
+                self._not_before = time.monotonic() + REOPEN_INTERVAL_S
+                trouble = ServiceError(f"the controller cannot open the score store: {error}")
+                self._trouble = error if isinstance(error, StoreMismatch) else trouble
+                raise self._trouble from error
+            self._events.append("controller_up", pid=os.getpid())
+        return self._opened
 
 
 class RestActor:
@@ -115,19 +185,28 @@ class RestActor:
 
     def __init__(self, run_uri: str, config: RestConfig, controller: Handle) -> None:
         check_packages()
+        log_to(run_uri, "rest")
         from services.api import create_app, is_loopback
         from services.server import Server
 
         run = Run(run_uri)
         app = create_app(run, fleet=RemoteFleet(controller), token=run.token(), loopback=is_loopback(config.host))
         self._server = Server(app, config.host, config.port)
+        self._stopped = threading.Event()
 
-    def start(self) -> tuple[str, int]:
-        """URL and process id, once requests are answered."""
-        return self._server.start(), os.getpid()
+    def start(self) -> tuple[str, int, int]:
+        """URL, port and process id, once requests are answered."""
+        url = self._server.start()
+        logger.info("answering at %s (pid %d)", url, os.getpid())
+        return url, self._server.port, os.getpid()
+
+    def wait(self) -> None:
+        """Returns after `stop`; a caller hears of the process's end by it."""
+        self._stopped.wait()
 
     def stop(self) -> None:
         self._server.stop()
+        self._stopped.set()
 
 
 def ask(ref: "ray.ObjectRef[T]", timeout_s: float = CONTROLLER_TIMEOUT_S) -> T:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from deploy import config_cli
 from shared.errors import SteppeError
 
 app = typer.Typer(
@@ -26,23 +27,49 @@ INTERRUPTED = 130
 
 @app.command()
 def run(
-    config: Annotated[str, typer.Argument(help="A TOML file, such as deploy/configs/quickstart.toml.")],
+    config: Annotated[
+        str, typer.Argument(help="A TOML file, such as deploy/configs/quickstart.toml; to resume also a run's folder.")
+    ],
     settings: Annotated[list[str], typer.Option("--set", help="Override: section.key=value. May be repeated.")] = [],  # noqa: B006
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the unfinished run: run.folder, else the newest of run.root.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Measure briefly what would start, how long it takes, what does not fit.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train with SAM while scorers keep every sample's difficulty fresh; leave a run folder."""
     from deploy.packages import check_packages
 
     check_packages()
-    from deploy import driver, progress
     from deploy.config import RunConfig
     from shared.config import read_config
 
-    resolved = read_config(RunConfig, config, settings)
+    if dry_run:
+        from deploy.plan import plan, print_plan
+
+        planned = plan(read_config(RunConfig, config, settings))
+        if as_json:
+            _print_json(planned)
+        else:
+            print_plan(planned)
+        return
+    from deploy import driver, progress
+    from deploy.interrupts import exit_at_once_on_signals
+    from deploy.resume import find_resumable
+
+    exit_at_once_on_signals()
+    unfinished = None
+    if resume:
+        found = find_resumable(config, settings)
+        unfinished, resolved = found.run, found.config
+    else:
+        resolved = read_config(RunConfig, config, settings)
     try:
-        summary = driver.run(resolved)
+        summary = driver.run(resolved, unfinished)
     except KeyboardInterrupt:
-        typer.echo("steppe: interrupted; everything that the run started is ended, its folder stays", err=True)
+        typer.echo("steppe: interrupted; everything that the run started is ended; --resume goes on with it", err=True)
         raise typer.Exit(INTERRUPTED) from None
     if as_json:
         _print_json(summary)
@@ -54,7 +81,7 @@ def run(
 def status(folder: RunFolder = None, root: Root = "runs", as_json: AsJson = False) -> None:
     """Coverage, ages, checkpoints and scorers of a running run."""
     client = _client(folder, root)
-    stats, scorers = client.get("/v1/stats"), client.get("/v1/scorers")
+    stats, scorers = client.get("/v1/stats"), client.scorers()
     if as_json:
         _print_json(stats | {"scorers": scorers})
         return
@@ -102,6 +129,86 @@ def query(
 
 
 @app.command()
+def top(
+    folder: RunFolder = None,
+    root: Root = "runs",
+    interval_s: Annotated[float, typer.Option("--interval", min=0.1, help="Seconds between two looks.")] = 1.0,
+    count: Annotated[
+        int | None, typer.Option("--count", min=1, help="Look so many times; default: to the end.")
+    ] = None,
+) -> None:
+    """Watch a running run: progress, freshness, scorers and what happened last."""
+    from deploy.client import find_run
+    from deploy.top import watch
+
+    watch(find_run(folder, root), interval_s, count)
+
+
+@app.command()
+def serve(
+    folder: RunFolder = None,
+    root: Root = "runs",
+    host: Annotated[str, typer.Option(help="Off loopback everything needs the run's token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 7471,
+) -> None:
+    """Answer questions about a run's scores over REST, without Ray; of a finished run too."""
+    from deploy.client import find_run
+    from deploy.serve import serve as serve_run
+
+    serve_run(find_run(folder, root), host, port)
+
+
+@app.command()
+def runs(root: Root = "runs", as_json: AsJson = False) -> None:
+    """The runs below --root, the newest first: running, finished, interrupted or killed."""
+    from deploy.runs import list_runs, print_runs
+
+    found = list_runs(root)
+    if as_json:
+        typer.echo(json.dumps(found, indent=1))
+    else:
+        print_runs(found)
+
+
+@app.command()
+def doctor(
+    root: Root = "runs",
+    host: Annotated[str, typer.Option(help="Where the REST service would listen.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Where the REST service would listen.")] = 7471,
+    as_json: AsJson = False,
+) -> None:
+    """Look for what would keep a run from working on this machine. Exit code 1 when something would."""
+    import dataclasses
+
+    from deploy.doctor import examine, print_findings
+
+    findings = examine(root, host, port)
+    if as_json:
+        typer.echo(json.dumps([dataclasses.asdict(finding) for finding in findings], indent=1))
+    else:
+        print_findings(findings)
+    if any(finding.status == "problem" for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="recovery: kill -9 of the only scorer to rows of its successor.")],
+    repeats: Annotated[int, typer.Option(min=1, help="How often to measure.")] = 20,
+    as_json: AsJson = False,
+) -> None:
+    """Measure on this machine; figures are for this machine and this moment."""
+    from deploy.bench import run_bench
+    from deploy.progress import print_facts
+
+    found = run_bench(name, repeats)
+    if as_json:
+        _print_json(found)
+    else:
+        print_facts({key: str(value) for key, value in found.items()})
+
+
+@app.command()
 def down(folder: RunFolder = None, root: Root = "runs") -> None:
     """Stop a running run cleanly, and end what a killed one left behind."""
     from deploy.client import find_run
@@ -110,12 +217,24 @@ def down(folder: RunFolder = None, root: Root = "runs") -> None:
     typer.echo(stop_run(find_run(folder, root)))
 
 
+app.add_typer(config_cli.app)
+
+
 def main() -> None:
     """Entry point. A user's mistake ends in one line and exit code 1 (usage: 2), an interrupt in 130."""
     try:
         app()
     except SteppeError as error:
         typer.echo(f"steppe: {error}", err=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # such as `steppe query ... | head`
+        sys.stderr.close()
+        sys.exit(1)
+    except OSError as error:  # such as a full disk; what failed is the user's machine
+        where = f": {error.filename}" if error.filename else ""
+        typer.echo(f"steppe: {error.strerror or error}{where}", err=True)
         sys.exit(1)
 
 

@@ -19,15 +19,17 @@ END_TIMEOUT_S = 5.0
 LONGEST_TEMPORARY_FOLDER = 40  # Ray puts sockets below it, whose paths are limited to 107 characters
 
 
+def new_ray_folder() -> Path:
+    """A temporary folder for a cluster, with a path short enough."""
+    place = tempfile.gettempdir()
+    return Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=place if len(place) < LONGEST_TEMPORARY_FOLDER else "/tmp"))
+
+
 @contextlib.contextmanager
-def local_cluster(run_folder: Path, run_id: str) -> Iterator[Path]:
-    """Start a local Ray cluster for a run; yields its temporary folder. Ends all of its processes on the way out."""
+def local_cluster(folder: Path, run_folder: Path, run_id: str) -> Iterator[None]:
+    """Start a local Ray cluster for a run, with its files in `folder`. Ends all of its processes on the way out."""
     import ray
 
-    place = tempfile.gettempdir()
-    folder = Path(
-        tempfile.mkdtemp(prefix=FOLDER_PREFIX, dir=place if len(place) < LONGEST_TEMPORARY_FOLDER else "/tmp")
-    )
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ[RUN_VARIABLE] = str(run_folder)
     on_sigterm = signal.getsignal(signal.SIGTERM)
@@ -45,7 +47,7 @@ def local_cluster(run_folder: Path, run_id: str) -> Iterator[Path]:
             )
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # ray.init replaced it by handlers that end without clean-up
-        yield folder
+        yield
     except SystemExit as error:  # how ray.init's own handler ends on SIGTERM
         raise KeyboardInterrupt from error
     finally:
@@ -55,10 +57,13 @@ def local_cluster(run_folder: Path, run_id: str) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def end_processes(run_folder: Path) -> int:
-    """End what is left of a run's cluster: processes that carry its folder in their environment. Returns how many."""
-    left = [process for process in psutil.process_iter() if _belongs_to(process, run_folder)]
-    _, stubborn = psutil.wait_procs(left, timeout=END_TIMEOUT_S) if left else ([], [])
+def end_processes(run_folder: Path, timeout_s: float = END_TIMEOUT_S) -> int:
+    """End what is left of a run's cluster: processes that carry its folder in their environment. Returns how many.
+
+    They have `timeout_s` to end by themselves, as they do once their cluster is gone.
+    """
+    left = processes_of(run_folder)
+    _, stubborn = psutil.wait_procs(left, timeout=timeout_s) if left else ([], [])
     for process in stubborn:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
@@ -66,16 +71,27 @@ def end_processes(run_folder: Path) -> int:
     return len(left)
 
 
+def processes_of(run_folder: Path) -> list[psutil.Process]:
+    """The processes of a run's cluster, this one not among them."""
+    others = (process for process in psutil.process_iter() if process.pid != os.getpid())
+    return [process for process in others if run_folder_of(process) == str(run_folder)]
+
+
+def run_folder_of(process: psutil.Process) -> str | None:
+    """The run whose cluster `process` belongs to, by its environment; None when to none, or when it may not be read."""
+    try:
+        # Not psutil's environ(): it stops at the first gap, which Ray's workers have since they changed their title.
+        entries = Path(f"/proc/{process.pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        try:
+            return process.environ().get(RUN_VARIABLE)
+        except psutil.Error:
+            return None
+    prefix = f"{RUN_VARIABLE}=".encode()
+    return next((os.fsdecode(entry.removeprefix(prefix)) for entry in entries if entry.startswith(prefix)), None)
+
+
 def remove_ray_folder(folder: str | None) -> None:
     """Remove a cluster's temporary folder that its driver could not remove itself."""
     if folder and Path(folder).name.startswith(FOLDER_PREFIX):
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _belongs_to(process: psutil.Process, run_folder: Path) -> bool:
-    if process.pid == os.getpid():
-        return False
-    try:
-        return process.environ().get(RUN_VARIABLE) == str(run_folder)
-    except psutil.Error:
-        return False

@@ -9,11 +9,15 @@ from trainer.config import TrainConfig
 
 
 class RunSection(Config):
-    """Where the run leaves its files: `folder`, or a new folder below `root` named after the time."""
+    """Where the run leaves its files: `folder`, or a new folder below `root` named after the time.
+
+    `tensorboard` also writes curves for TensorBoard below the folder; it needs the package (`pip install tensorboard`).
+    """
 
     root: str = "runs"
     folder: str | None = None
     progress_interval_s: float = Field(default=5.0, gt=0)
+    tensorboard: bool = False
 
 
 class RunConfig(Config):

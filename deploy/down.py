@@ -6,7 +6,7 @@ import time
 import psutil
 
 from deploy.cluster import end_processes, remove_ray_folder
-from shared.catalogue import Run
+from shared.catalogue import Run, is_running
 from shared.errors import ServiceError
 
 STOP_TIMEOUT_S = 60.0
@@ -15,7 +15,7 @@ POLL_INTERVAL_S = 0.05
 
 def stop_run(run: Run) -> str:
     """Ask the driver to stop and wait for it; then end what is left of the run's cluster. Returns what was done."""
-    runtime = run.read("runtime.json") or {}
+    runtime = run.runtime() or {}
     stopped = _stop_driver(runtime) if runtime else False
     left = end_processes(run.path)
     remove_ray_folder(runtime.get("ray_folder"))
@@ -27,10 +27,10 @@ def stop_run(run: Run) -> str:
 
 def _stop_driver(runtime: dict[str, object]) -> bool:
     """False when the driver is gone already. A pid that another process has by now is left alone."""
+    if not is_running(runtime):
+        return False
     with contextlib.suppress(psutil.NoSuchProcess):
         driver = psutil.Process(int(str(runtime["pid"])))
-        if driver.create_time() != runtime["pid_started"]:
-            return False
         with contextlib.suppress(psutil.NoSuchProcess):  # from here on, gone means stopped
             driver.terminate()
             deadline = time.monotonic() + STOP_TIMEOUT_S

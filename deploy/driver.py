@@ -1,4 +1,4 @@
-"""The driver: one run from start to summary. It owns every actor; what they say to each other goes through files.
+"""The driver: one run from start, or resume, to summary. It owns every actor; the parts speak through files.
 
 loop                      consumes                  produces              waits for           unblocked by
 ------------------------  ------------------------  --------------------  ------------------  -----------------
@@ -11,6 +11,8 @@ commit thread             score rows                a store version       rows; 
   (controller actor)
 fleet thread (here)       the controller's          started and drained   tick                time
                           decisions                 scorers
+rest keeper (here)        the REST actor's end      a new one             tick                time
+state saver (here)        a copy of the state       train/state-*         a save request      each epoch
 REST (actor)              store, checkpoints,       answers               -                   -
                           controller
 """
@@ -21,240 +23,261 @@ import datetime
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
-from deploy.cluster import local_cluster
+from deploy.cluster import end_processes, remove_ray_folder
 from deploy.config import RunConfig
 from deploy.interrupts import Interrupts, interrupts
+from deploy.logs import logging_to
+from deploy.plan import untrainable
 from deploy.progress import Display
+from deploy.resume import check_fits, clear_leftovers
+from deploy.runtime import RuntimeFile
+from deploy.scoring import Scoring, open_scoring
+from deploy.summary import summarise
+from deploy.tensorboard import Board, check_tensorboard
 from services.server import bind
+from shared.attempts import Attempt, begin
 from shared.catalogue import Run
+from shared.checkpoints import CheckpointPublisher
 from shared.datasets import Dataset, load_dataset
-from shared.errors import CheckpointError, ServiceError
-from shared.freshness import staleness_bound
-from shared.score_store import ScoreReader
+from shared.errors import CheckpointError, ConfigError, TrainingDiverged
+from shared.events import Events
+from shared.storage import local_path
 
 if TYPE_CHECKING:
-    from deploy.actors import Handle
-    from deploy.fleet import Fleet
-    from trainer.feed import ScoreFeed
+    from trainer.config import TrainConfig
     from trainer.loop import Progress, TrainResult
-
-ACTOR_TIMEOUT_S = 60.0
-END_TIMEOUT_S = 5.0
+    from trainer.state import SavedState
 
 
-def run(config: RunConfig) -> dict[str, Any]:
-    """Train to the end with scorers beside; returns the summary. All processes are ended on the way out."""
+def run(config: RunConfig, resumed: Run | None = None) -> dict[str, Any]:
+    """Train to the end with scorers beside; returns the summary. All processes are ended on the way out.
+
+    Args:
+        resumed: an unfinished run to go on with from its last saved state; else a new one begins.
+    """
     began = time.perf_counter()
     bind(config.rest.host, config.rest.port).close()
+    if config.run.tensorboard:
+        check_tensorboard()
     dataset = load_dataset(config.data)
-    opened = Run.create(
+    _check_trainable(config, dataset)
+    opened = resumed or _create(config, dataset)
+    check_fits(opened, config, dataset)
+    with (
+        # Ray prints what it hears of dead workers; stdout is for results.
+        contextlib.redirect_stdout(sys.stderr),
+        logging_to(opened.path, "driver"),
+        interrupts() as interrupted,
+        _Session(config, opened, dataset, interrupted, is_resumed=resumed is not None) as session,
+    ):
+        summary = session.train()
+    summary["seconds"] = round(time.perf_counter() - began, 3)
+    opened.write("summary.json", summary)
+    Events(opened.path).append("finished", step=summary["steps"], test_accuracy=summary["test_accuracy"])
+    return summary
+
+
+class _Session:
+    """One attempt of a run: what is opened around the training, and closed on every way out."""
+
+    def __init__(
+        self, config: RunConfig, opened: Run, dataset: Dataset, interrupted: Interrupts, *, is_resumed: bool
+    ) -> None:
+        self._config, self._run, self._dataset, self._interrupted = config, opened, dataset, interrupted
+        self._is_resumed = is_resumed
+        self._events = Events(opened.path)
+        self._news = _News()
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> "_Session":
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(self._run.locked())
+            self._display = stack.enter_context(Display(self._news.describe, self._config.run.progress_interval_s))
+            self._say = self._display.say
+            if self._is_resumed and (left := clear_leftovers(self._run)):
+                self._say(f"ended {left} processes that the killed driver had left")
+            self._runtime = RuntimeFile(self._run, "run")
+            stack.callback(self._runtime.remove)
+            self._runtime.update()
+            self._run.create_token()
+            self._interrupted.at_once = self._end_at_once
+            self._publisher = CheckpointPublisher(self._run.path, keep_last=self._config.train.keep_checkpoints)
+            stack.callback(self._close_publisher)
+            self._state, self._attempt = self._begin()
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, KeyboardInterrupt):
+            self._events.append("interrupted", attempt=self._attempt.attempt)
+        elif isinstance(error, TrainingDiverged):
+            self._events.append("diverged", attempt=self._attempt.attempt, reason=str(error))
+        self._stack.close()
+
+    def train(self) -> dict[str, Any]:
+        """The summary of the whole run."""
+        with open_scoring(
+            self._config, self._run, self._dataset, self._publisher, self._runtime, self._say, self._interrupted.came
+        ) as scoring:
+            result = self._train(scoring)
+            self._news.pause()
+            self._close_publisher()
+        return summarise(self._run, result, self._publisher, scoring, self._config.scoring.mode)
+
+    def _train(self, scoring: Scoring) -> "TrainResult":
+        from trainer.loop import train
+        from trainer.state import StateSaver
+
+        model = self._build_model()
+        self._interrupted.check()
+        scoring.await_scorer()
+        self._news.connect(scoring)
+        with contextlib.ExitStack() as stack:
+            show = self._watchers(stack)
+            with self._interrupted.deferred():
+                result = train(
+                    _train_config(self._config),
+                    model,
+                    self._dataset,
+                    self._publisher,
+                    scoring.scores,
+                    show,
+                    self._interrupted.came,
+                    epoch_scorer=scoring.epoch_scorer,
+                    saver=StateSaver(self._run.path, self._attempt.attempt),
+                    resumed=self._state,
+                )
+            self._interrupted.check()
+        return result
+
+    def _begin(self) -> "tuple[SavedState | None, Attempt]":
+        """The state to go on from, None at a fresh start, and this attempt, recorded.
+
+        The weights of a resumed state are published at once: scorers and readers go on from them, and never back.
+        """
+        state = None
+        if self._is_resumed:
+            from trainer.state import load_newest_state
+
+            state = load_newest_state(self._run.path)
+        attempt = begin(
+            self._run.path,
+            fork_step=state.step if state else 0,
+            last_valid_version=state.model_version if state else 0,
+            first_version=self._publisher.next_version,
+        )
+        self._events.append("resumed" if self._is_resumed else "started", **dataclasses.asdict(attempt))
+        self._say(f"run {self._run.path}" + (f", resumed at step {attempt.fork_step}" if self._is_resumed else ""))
+        if state is not None and self._config.scoring.mode != "every_epoch":
+            model = self._build_model()
+            model.load_state_dict(state.content["model"])
+            self._publisher.publish(model, state.step)
+            self._publisher.flush()
+        return state, attempt
+
+    def _build_model(self) -> Any:
+        import torch
+
+        from shared.models import build_model
+
+        torch.manual_seed(self._config.train.seed)
+        return build_model(self._config.model, self._dataset)
+
+    def _watchers(self, stack: contextlib.ExitStack) -> "Callable[[Progress], None]":
+        """What is told how the training goes: the display, the diary, and where wanted TensorBoard."""
+        board = None
+        if self._config.run.tensorboard:
+            board = Board(self._run.path / "tensorboard")
+            stack.callback(board.close)
+
+        def show(progress: "Progress") -> None:
+            self._news.update(progress)
+            if progress.evaluated:
+                facts = dataclasses.asdict(progress)
+                self._events.append(
+                    "epoch", **{key: facts[key] for key in ("epoch", "step", "steps", "loss", "accuracy")}
+                )
+            if board is not None and (state := self._news.describe()):
+                board.show(state)
+
+        return show
+
+    def _end_at_once(self) -> None:
+        """On a second Ctrl-C, from the signal handler: no lock is taken, nobody is waited for."""
+        end_processes(self._run.path, 0)
+        remove_ray_folder((self._run.runtime() or {}).get("ray_folder"))
+        self._run.remove("runtime.json")
+
+    def _close_publisher(self) -> None:
+        try:
+            self._publisher.close()
+        except CheckpointError as error:
+            self._say(f"the last checkpoint is missing: {error}")
+
+
+class _News:
+    """What the display shows, put together from the trainer's and the scoring's last words."""
+
+    def __init__(self) -> None:
+        self._scoring: Scoring | None = None
+        self._progress: Progress | None = None
+
+    def connect(self, scoring: Scoring) -> None:
+        self._scoring = scoring
+
+    def update(self, progress: "Progress") -> None:
+        self._progress = progress
+
+    def pause(self) -> None:
+        self._scoring = None
+
+    def describe(self) -> dict[str, Any] | None:
+        progress, scoring = self._progress, self._scoring
+        if progress is None or scoring is None:
+            return None
+        scores = scoring.scores
+        fresh, median_age = scores.view().fresh_share_and_median_age(scores.newest_version())
+        return dataclasses.asdict(progress) | {
+            "fresh": fresh,
+            "median_age": median_age,
+            "samples_per_second": scoring.status().get("samples_per_second"),
+        }
+
+
+def _train_config(config: RunConfig) -> "TrainConfig":
+    """In shadow mode scores are made and shown, and every sample is drawn alike."""
+    if config.scoring.mode != "shadow":
+        return config.train
+    curriculum = config.train.curriculum.model_copy(update={"name": "uniform"})
+    return config.train.model_copy(update={"curriculum": curriculum})
+
+
+def _create(config: RunConfig, dataset: Dataset) -> Run:
+    return Run.create(
         _folder(config),
         dataset_fingerprint=dataset.fingerprint,
         train=dataset.train,
         config=config.model_dump(mode="json"),
         scoring_id=config.scoring.scoring_id,
     )
-    news = _News()
-    with (
-        # Ray prints what it hears of dead workers; stdout is for results.
-        contextlib.redirect_stdout(sys.stderr),
-        interrupts() as interrupted,
-        Display(news.describe, config.run.progress_interval_s) as display,
-    ):
-        display.say(f"run {opened.path}")
-        with local_cluster(opened.path, opened.description["run_id"]) as ray_folder:
-            interrupted.check()
-            with _services(config, opened, display) as actors:
-                opened.write("runtime.json", _runtime(actors, ray_folder))
-                display.say(f"REST {actors.url}")
-                try:
-                    result, published = _train(config, opened, dataset, actors, news, display, interrupted)
-                finally:
-                    opened.remove("runtime.json")
-    summary = _summary(opened, result, published, actors.fleet.status)
-    summary["seconds"] = round(time.perf_counter() - began, 3)
-    opened.write("summary.json", summary)
-    return summary
 
 
-@dataclasses.dataclass
-class _Actors:
-    """The run's other processes."""
+def _check_trainable(config: RunConfig, dataset: Dataset) -> None:
+    """What the training would only refuse after everything else was started. Raises ConfigError."""
+    if misfits := untrainable(config, len(dataset.train)):
+        raise ConfigError("\n".join(misfits))
+    if config.train.device != "auto":
+        from trainer.loop import pick_device
 
-    controller: "Handle"
-    controller_pid: int
-    fleet: "Fleet"
-    url: str
-    rest_pid: int
-
-
-@contextlib.contextmanager
-def _services(config: RunConfig, opened: Run, display: Display) -> "Iterator[_Actors]":
-    """Controller, scorers and REST service as actors; drained, committed and ended on the way out."""
-    import ray
-
-    from deploy.actors import ControllerActor, RestActor, ScorerActor, ask
-    from deploy.fleet import Fleet
-
-    uri = str(opened.path)
-    opened.create_token()
-    remote: Any = ray.remote  # its stubs do not know every option
-    controller = remote(num_cpus=0, max_restarts=-1)(ControllerActor).remote(
-        uri, opened.num_samples, config.scoring.scoring_id, config.controller, wanted=config.scoring.replicas
-    )
-    scorer = remote(num_cpus=config.scoring.cpus, num_gpus=config.scoring.gpus, max_concurrency=3)(ScorerActor)
-    rest = remote(num_cpus=0)(RestActor).remote(uri, config.rest, controller)
-    fleet = Fleet(controller, lambda scorer_id: scorer.remote(scorer_id, uri, config, controller), display.say)
-    try:
-        controller_pid = ask(controller.status.remote(), ACTOR_TIMEOUT_S)["pid"]
-        url, rest_pid = ask(rest.start.remote(), ACTOR_TIMEOUT_S)
-        yield _Actors(controller, controller_pid, fleet, url, rest_pid)
-    finally:
-        fleet.stop()
-        # What does not answer any more is ended with its cluster; committed rows are safe either way.
-        for name, closing in (("controller", controller.close.remote()), ("REST service", rest.stop.remote())):
-            try:
-                ask(closing, END_TIMEOUT_S)
-            except ServiceError as error:
-                display.say(f"the {name} did not end in order: {error}")
-
-
-def _train(
-    config: RunConfig,
-    opened: Run,
-    dataset: Dataset,
-    actors: _Actors,
-    news: "_News",
-    display: Display,
-    interrupted: Interrupts,
-) -> "tuple[TrainResult, int]":
-    """The trainer, in this process; its result and how many checkpoints it published."""
-    import torch
-
-    from shared.checkpoints import CheckpointPublisher
-    from shared.models import build_model
-    from trainer.feed import ScoreFeed
-    from trainer.loop import train
-
-    torch.manual_seed(config.train.seed)
-    model = build_model(config.model, dataset)
-    interrupted.check()
-    _await_scorer(config, actors.fleet, display)
-    with contextlib.ExitStack() as stack:
-        publisher = stack.enter_context(CheckpointPublisher(opened.path, keep_last=config.train.keep_checkpoints))
-        feed = stack.enter_context(
-            ScoreFeed(
-                opened.path,
-                opened.num_samples,
-                refresh_interval_s=config.train.curriculum.refresh_interval_s,
-                newest_version=lambda: publisher.newest_version,
-            )
-        )
-        news.connect(feed, actors.fleet)
-        result = train(config.train, model, dataset, publisher, feed, news.update, interrupted.came)
-        interrupted.check()
-        news.pause()
-        try:
-            publisher.close()
-        except CheckpointError as error:
-            display.say(f"the last checkpoint is missing: {error}")
-        return result, publisher.published
-
-
-def _await_scorer(config: RunConfig, fleet: "Fleet", display: Display) -> None:
-    """Wait for a scorer up to `startup_wait_s`; not at all for one that this cluster can never place."""
-    import ray
-
-    scoring = config.scoring
-    there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-    needs = {"CPU": scoring.cpus, "GPU": scoring.gpus}
-    lacking = [
-        f"{n:g} {name} (there are {there.get(name, 0):g})" for name, n in needs.items() if n > there.get(name, 0)
-    ]
-    if not scoring.replicas:
-        return
-    if lacking:
-        display.say(f"no scorer can be placed: one needs {' and '.join(lacking)}; training starts without")
-        return
-    display.say(f"waiting for the first scorer, at most {config.train.startup_wait_s:g} s")
-    if not fleet.first_scorer.wait(config.train.startup_wait_s):
-        display.say(f"no scorer was up within {config.train.startup_wait_s:g} s; training starts without")
-
-
-class _News:
-    """What the display shows, put together from the trainer's, the feed's and the fleet's last words."""
-
-    def __init__(self) -> None:
-        self._parts: tuple[ScoreFeed, Fleet] | None = None
-        self._progress: Progress | None = None
-
-    def connect(self, feed: "ScoreFeed", fleet: "Fleet") -> None:
-        self._parts = (feed, fleet)
-
-    def update(self, progress: "Progress") -> None:
-        self._progress = progress
-
-    def pause(self) -> None:
-        self._parts = None
-
-    def describe(self) -> dict[str, Any] | None:
-        progress, parts = self._progress, self._parts
-        if progress is None or parts is None:
-            return None
-        feed, fleet = parts
-        fresh, median_age = feed.view().fresh_share_and_median_age(feed.newest_version())
-        return dataclasses.asdict(progress) | {
-            "fresh": fresh,
-            "median_age": median_age,
-            "samples_per_second": fleet.status.get("samples_per_second"),
-        }
-
-
-def _summary(opened: Run, result: "TrainResult", published: int, status: dict[str, Any]) -> dict[str, Any]:
-    """What summary.json holds. Shares are of all draws; ages are those of the draws, in versions."""
-    reader = ScoreReader(opened.scores_uri)
-    draws = result.sampler.draws
-    version_N = reader.dense("model_version")
-    return {
-        "test_accuracy": result.test_accuracy,
-        "steps": result.steps,
-        "model_versions_published": published,
-        "model_versions_scored": int(reader.metadata.get("model_versions_scored", 0)),
-        "scored_rows": reader.rows,
-        "coverage": float((version_N >= 0).mean()),
-        "age_versions_p50": draws.age_quantile(0.5),
-        "age_versions_p95": draws.age_quantile(0.95),
-        "draws_fresh": draws.fresh / max(draws.total, 1),
-        "draws_stale": draws.stale / max(draws.total, 1),
-        "draws_unscored": draws.unscored / max(draws.total, 1),
-        "staleness_bound": staleness_bound(reader.metadata),
-        "scorer_samples_per_second": status.get("samples_per_second_mean"),
-        "trainer_seconds_in_publish": round(result.seconds_in_publish, 6),
-        "trainer_seconds_in_sampler": round(result.seconds_in_sampler, 6),
-        "trainer_seconds_total": round(result.seconds, 6),
-        "quarantined_rows": int(reader.metadata.get("quarantined_rows", 0)),
-        "run_folder": str(opened.path),
-    }
-
-
-def _runtime(actors: _Actors, ray_folder: Path) -> dict[str, Any]:
-    return {
-        "url": actors.url,
-        "pid": os.getpid(),
-        "pid_started": psutil.Process().create_time(),
-        "pids": {"controller": actors.controller_pid, "rest": actors.rest_pid},
-        "ray_folder": str(ray_folder),
-    }
+        pick_device(config.train.device)
 
 
 def _folder(config: RunConfig) -> Path:
     if config.run.folder:
-        return Path(config.run.folder).absolute()
+        return local_path(config.run.folder)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return (Path(config.run.root) / f"{config.data.name}-{stamp}-{os.getpid()}").absolute()
+    return local_path(config.run.root) / f"{config.data.name}-{stamp}-{os.getpid()}"

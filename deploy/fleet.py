@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import ray
@@ -12,13 +12,15 @@ import ray
 from deploy.actors import Handle, RemoteFleet, ask
 from services.controller import Decision, Drain, Start
 from shared.errors import ServiceError
+from shared.events import Events
 
 logger = logging.getLogger(__name__)
 
 TICK_S = 0.25
 STATUS_INTERVAL_S = 1.0
-DRAIN_TIMEOUT_S = 5.0
+DRAIN_TIMEOUT_S = 5.0  # of a scorer that hangs; one that lives goes after the batch at hand
 LONGEST_BACKOFF_S = 30.0
+LONGEST_START_S = 20.0  # a scorer that takes longer is reported
 
 
 @dataclasses.dataclass
@@ -26,6 +28,8 @@ class _Scorer:
     handle: Handle
     ready: "ray.ObjectRef[int]"
     done: "ray.ObjectRef[int]"
+    launched: float  # monotonic
+    is_up: bool = False
     drained_by: float | None = None  # monotonic deadline once it is told to go
 
 
@@ -36,17 +40,29 @@ class Fleet:
 
     Args:
         start: makes the actor of a scorer's id.
+        needs: Ray's resources of one scorer, such as {"CPU": 0.25}.
         say: told, once each, what went wrong, in words for people.
+        on_change: called when the controller answers from another process.
     """
 
-    def __init__(self, controller: Handle, start: Callable[[str], Handle], say: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        controller: Handle,
+        start: Callable[[str], Handle],
+        needs: Mapping[str, float],
+        say: Callable[[str], None],
+        events: Events,
+    ) -> None:
         self._controller = controller
         self._start = start
+        self._needs = {name: amount for name, amount in needs.items() if amount > 0}
         self._say = say
-        self._said = ""
+        self._events = events
+        self.on_change: Callable[[], None] = lambda: None
+        self._said: set[str] = set()
         self._scorers: dict[str, _Scorer] = {}
         self._started = 0
-        self._failures = 0  # to start, in a row
+        self._failures = 0  # of scorers that never scored, in a row
         self._not_before = 0.0
         self._status_due = 0.0
         self.first_scorer = threading.Event()
@@ -54,6 +70,20 @@ class Fleet:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="fleet", daemon=True)
         self._thread.start()
+
+    @property
+    def controller_pid(self) -> int | None:
+        return self.status.get("pid")
+
+    def lacking(self) -> str | None:
+        """What one scorer needs and this cluster does not have at all; None when it could be placed."""
+        there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        missing = [
+            f"{n:g} {name} (there are {there.get(name, 0):g})"
+            for name, n in self._needs.items()
+            if n > there.get(name, 0)
+        ]
+        return " and ".join(missing) or None
 
     def stop(self) -> None:
         """Drain all scorers, then end those that do not go within the drain timeout. Twice is fine."""
@@ -79,19 +109,21 @@ class Fleet:
         if time.monotonic() >= self._status_due:
             self._status_due = time.monotonic() + STATUS_INTERVAL_S
             self._update_status()
+            self._report_waiting()
         if not self._scorers:
             self._stop.wait(TICK_S)
 
     def _reap(self) -> None:
         """Wait up to a tick for a scorer to become ready or to end, and see which did."""
         waiting = [scorer.done for scorer in self._scorers.values()]
-        if not self.first_scorer.is_set():
-            waiting += [scorer.ready for scorer in self._scorers.values()]
+        waiting += [scorer.ready for scorer in self._scorers.values() if not scorer.is_up]
         if waiting:
             ray.wait(waiting, num_returns=1, timeout=TICK_S)
         for scorer_id, scorer in list(self._scorers.items()):
-            if not self.first_scorer.is_set() and _succeeded(scorer.ready):
+            if not scorer.is_up and _succeeded(scorer.ready):
+                scorer.is_up = True
                 self.first_scorer.set()
+                self._events.append("scorer_up", scorer_id=scorer_id, pid=ray.get(scorer.ready))
             overdue = scorer.drained_by is not None and time.monotonic() > scorer.drained_by
             if _is_done(scorer.done) or overdue:
                 self._remove(scorer_id, scorer)
@@ -100,15 +132,22 @@ class Fleet:
         del self._scorers[scorer_id]
         ray.kill(scorer.handle)
         if scorer.drained_by is not None:
+            self._events.append("scorer_down", scorer_id=scorer_id, reason="drained")
             return
-        self._failures = 1 if _succeeded(scorer.ready) else self._failures + 1
-        self._not_before = time.monotonic() + min(0.5 * 2 ** (self._failures - 1), LONGEST_BACKOFF_S)
         try:
             ray.get(scorer.done, timeout=0)
             reason = "it ended by itself"
         except Exception as error:  # whatever ended it is reported, and a new one started
             reason = str(error).strip().splitlines()[-1]
+        self._failures = 0 if self._has_scored(scorer_id) else self._failures + 1
+        wait_s = min(0.5 * 2 ** (self._failures - 1), LONGEST_BACKOFF_S) if self._failures else 0.0
+        self._not_before = time.monotonic() + wait_s
+        self._events.append("scorer_down", scorer_id=scorer_id, reason=reason, next_start_in_s=wait_s)
         self._report(f"{scorer_id} ended and is replaced: {reason}")
+
+    def _has_scored(self, scorer_id: str) -> bool:
+        self._update_status()  # it may have scored since, and the controller forgets it at its next decision
+        return any(one["scorer_id"] == scorer_id and one["scored"] for one in self.status.get("scorers", []))
 
     def _carry_out(self) -> None:
         alive = tuple(i for i, scorer in self._scorers.items() if scorer.drained_by is None)
@@ -129,16 +168,22 @@ class Fleet:
         self._started += 1
         scorer_id = f"scorer-{self._started}"
         handle = self._start(scorer_id)
-        self._scorers[scorer_id] = _Scorer(handle, handle.ready.remote(), handle.run.remote())
+        self._scorers[scorer_id] = _Scorer(handle, handle.ready.remote(), handle.run.remote(), time.monotonic())
 
     def _drain(self, scorer_ids: tuple[str, ...]) -> None:
         for scorer_id in scorer_ids:
             scorer = self._scorers[scorer_id]
-            if scorer.drained_by is None:
+            if scorer.drained_by is not None:
+                continue
+            if scorer.is_up:
                 scorer.drained_by = time.monotonic() + DRAIN_TIMEOUT_S
                 scorer.handle.drain.remote()
+            else:  # it holds no lease yet, and would hear of it only once it is up
+                scorer.drained_by = time.monotonic()
+                ray.kill(scorer.handle)
 
     def _update_status(self) -> None:
+        pid = self.controller_pid
         try:
             self.status = RemoteFleet(self._controller).status()
         except ServiceError as error:
@@ -146,10 +191,23 @@ class Fleet:
             self.status = self.status | {"samples_per_second": None}
         if self.status.get("trouble"):
             self._report(f"the controller cannot commit scores: {self.status['trouble']}")
+        if pid is not None and pid != self.controller_pid:
+            self._report(f"the controller ended and was restored from the score store (pid {self.controller_pid})")
+            self.on_change()
+
+    def _report_waiting(self) -> None:
+        """Say when scorers wait for long, such as for resources that others hold."""
+        now = time.monotonic()
+        waiting = [one for one in self._scorers.values() if not one.is_up and now - one.launched > LONGEST_START_S]
+        if waiting:
+            free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+            needs = ", ".join(f"{n:g} {name} ({free.get(name, 0):g} free)" for name, n in self._needs.items())
+            self._report(f"{len(waiting)} scorers wait to be placed or to start; one needs {needs or 'nothing'}")
 
     def _report(self, problem: str) -> None:
-        if problem != self._said:  # a problem that stays is said once
-            self._said = problem
+        if problem not in self._said:  # a problem that stays is said once
+            self._said.add(problem)
+            logger.warning(problem)
             self._say(problem)
 
 

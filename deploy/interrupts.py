@@ -1,17 +1,27 @@
-"""Ctrl-C and SIGTERM as KeyboardInterrupt that does not get lost."""
+"""Ctrl-C and SIGTERM: the first ends a run in order, the second at once."""
 
 import contextlib
+import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from types import FrameType
+
+EXIT_CODE = 130
+ONE_KEYSTROKE_S = 0.25
 
 
 class Interrupts:
-    """Remembers that a signal came: the exception is lost when it falls into a destructor or a library's callback."""
+    """Remembers that a signal came: the exception is lost when it falls into a destructor or a library's callback.
+
+    `at_once` is called on a second signal, before the process exits.
+    """
 
     def __init__(self) -> None:
-        self._came = False
+        self.at_once: Callable[[], None] = lambda: None
+        self._came, self._came_at = False, 0.0
+        self._raising = True
 
     def came(self) -> bool:
         return self._came
@@ -21,9 +31,35 @@ class Interrupts:
         if self._came:
             raise KeyboardInterrupt
 
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Inside, a first signal only shows in `came`: who works there stops where it can, such as between steps."""
+        self.check()
+        self._raising = False
+        try:
+            yield
+        finally:
+            self._raising = True
+
     def on_signal(self, _: int, __: FrameType | None) -> None:
-        self._came = True
-        raise KeyboardInterrupt
+        if self._came:
+            if time.monotonic() - self._came_at < ONE_KEYSTROKE_S:
+                return  # a wrapper passed on what the terminal sent us too
+            try:
+                self.at_once()
+            finally:
+                os._exit(EXIT_CODE)
+        self._came, self._came_at = True, time.monotonic()
+        with contextlib.suppress(OSError):  # not print: the signal may have come in the middle of one
+            os.write(2, b"steppe: stopping in order; once more stops at once\n")
+        if self._raising:
+            raise KeyboardInterrupt
+
+
+def exit_at_once_on_signals() -> None:
+    """For the whole process, outside of `interrupts`: nothing is there yet, or any more, that has to end in order."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(EXIT_CODE))
 
 
 @contextlib.contextmanager

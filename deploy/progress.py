@@ -1,5 +1,6 @@
 """What a person sees of a run: a live line on a terminal, else one line per interval; at the end a summary."""
 
+import logging
 import math
 import sys
 import threading
@@ -8,6 +9,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+logger = logging.getLogger(__name__)
 
 LIVE_INTERVAL_S = 0.25
 
@@ -29,7 +32,11 @@ class Display:
         self._thread = threading.Thread(target=self._show, name="display", daemon=True)
 
     def say(self, text: str) -> None:
-        """One line, above the live one."""
+        """One line, above the live one, and in the log."""
+        logger.info(text)
+        self._print(text)
+
+    def _print(self, text: str) -> None:
         self._console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def __enter__(self) -> "Display":
@@ -46,7 +53,7 @@ class Display:
         else:
             while not self._stop.wait(self._interval_s):
                 if state := self._describe():
-                    self.say(f"step {state['step']}/{state['steps']}  {_facts(state)}")
+                    self._print(f"step {state['step']}/{state['steps']}  {_facts(state)}")
 
     def _show_live(self) -> None:
         columns = (
@@ -78,7 +85,8 @@ def _number(value: float | None, form: str) -> str:
 def print_summary(summary: Mapping[str, Any]) -> None:
     """The summary as people read it, on stdout."""
     shares = " / ".join(f"{summary[f'draws_{kind}']:.1%}" for kind in ("fresh", "stale", "unscored"))
-    overhead = summary["trainer_seconds_in_publish"] + summary["trainer_seconds_in_sampler"]
+    overhead = sum(summary[f"trainer_seconds_in_{part}"] for part in ("publish", "sampler", "save"))
+    scoring = summary["trainer_seconds_in_scoring"]
     share = overhead / summary["trainer_seconds_total"] if summary["trainer_seconds_total"] else 0.0
     rows = {
         "test accuracy": f"{summary['test_accuracy']:.4f}",
@@ -89,7 +97,10 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         "draws fresh / stale / unscored": f"{shares} (stale beyond {summary['staleness_bound']} versions)",
         "age of drawn scores": f"median {_number(summary['age_versions_p50'], '.0f')}, "
         f"95 % {_number(summary['age_versions_p95'], '.0f')} versions",
-        "trainer time in steppe": f"{overhead:.3f} s ({share:.2%})",
+        "trainer time in steppe": f"{overhead:.3f} s ({share:.2%})"
+        + (f", and {scoring:.1f} s scoring" if scoring else ""),
+        "weights to first score": f"median {_number(summary['seconds_to_first_score_p50'], '.2f')} s, "
+        f"95 % {_number(summary['seconds_to_first_score_p95'], '.2f')} s",
         "quarantined rows": str(summary["quarantined_rows"]),
         "run folder": summary["run_folder"],
     }
@@ -98,11 +109,21 @@ def print_summary(summary: Mapping[str, Any]) -> None:
 
 def print_status(stats: Mapping[str, Any], scorers: Mapping[str, Any]) -> None:
     """A running run as people read it, on stdout."""
+    print_facts(status_facts(stats, scorers))
+
+
+def status_facts(stats: Mapping[str, Any], scorers: Mapping[str, Any]) -> dict[str, str]:
+    """A running run as people read it, name by value."""
     counts = stats["status"]
     rate = _number(scorers["samples_per_second"], ",.0f")
+    training = stats["training"]
     rows = {
         "run": stats["run_id"],
         "newest checkpoint": f"version {stats['newest_model_version']}, step {stats['newest_step']}",
+        "last epoch": f"{training['epoch'] + 1}, step {training['step']}/{training['steps']}, "
+        f"loss {training['loss']:.3f}, accuracy {training['accuracy']:.4f}"
+        if training
+        else "-",
         "scores": f"{stats['scored_rows']} rows, coverage {stats['coverage']:.1%}, {rate} samples/s",
         "fresh / stale / unscored": f"{counts['fresh']} / {counts['stale']} / {counts['unscored']} "
         f"(stale beyond {stats['staleness_bound']} versions)",
@@ -113,7 +134,7 @@ def print_status(stats: Mapping[str, Any], scorers: Mapping[str, Any]) -> None:
     }
     if scorers["trouble"]:
         rows["trouble"] = scorers["trouble"]
-    print_facts(rows)
+    return rows
 
 
 def print_facts(rows: Mapping[str, str]) -> None:

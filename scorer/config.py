@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from shared.config import Config
+from shared.leases import MAX_REPLICAS
 
 
 class AttackConfig(Config):
@@ -20,12 +21,15 @@ class AttackConfig(Config):
 
 
 class ScoringConfig(Config):
-    """How many scorers run, what each may use, and how it scores.
+    """When and how samples are scored, how many scorers run and what each may use.
 
-    A scorer without a GPU runs at nice 19 and asks Ray for `cpus`, a fraction of a CPU.
+    `mode`: "async" scores beside the training, which never waits; "every_epoch" scores inside it, before each epoch but
+    the first, so that draws follow from the seed alone; "shadow" scores beside it and trains uniformly. A scorer
+    without a GPU runs at nice 19 and asks Ray for `cpus`, a fraction of a CPU.
     """
 
-    replicas: int = Field(default=1, ge=0)
+    mode: Literal["async", "every_epoch", "shadow"] = "async"
+    replicas: int = Field(default=1, ge=0, le=MAX_REPLICAS)
     cpus: float = Field(default=0.25, ge=0)
     gpus: float = Field(default=0, ge=0)
     threads: int = Field(default=1, ge=1)

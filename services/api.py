@@ -11,7 +11,7 @@ from http import HTTPStatus
 from typing import Annotated, Any, Protocol
 
 import orjson
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,6 +22,7 @@ from shared.catalogue import Run
 from shared.errors import ConfigError, DataError, ServiceError, SteppeError, StoreError
 
 MAX_IDS = 100_000
+MAX_EVENTS = 1000
 STATUS_OF_ERROR: list[tuple[type[SteppeError], int]] = [  # the first that fits
     (DataError, 404),
     (ConfigError, 422),
@@ -134,6 +135,11 @@ def _add_difficulty(app: FastAPI, difficulty: Difficulty, fleet: Fleet | None, g
             stats |= {key: status[key] for key in ("samples_per_second", "quarantined_rows", "trouble")}
         return stats
 
+    @app.get("/v1/events", dependencies=reading)
+    def get_events(limit: Annotated[int, Query(ge=1, le=MAX_EVENTS)] = 100) -> dict[str, Any]:
+        """What happened last, in order: published, committed, scorers up and down, quarantine, resumes."""
+        return {"events": difficulty.events(limit)}
+
     @app.get("/v1/checkpoints", dependencies=reading)
     def get_checkpoints() -> dict[str, Any]:
         """Stable checkpoints, newest first."""
@@ -143,7 +149,9 @@ def _add_difficulty(app: FastAPI, difficulty: Difficulty, fleet: Fleet | None, g
 def _add_scorers(app: FastAPI, fleet: Fleet | None, guard: Guard) -> None:
     def the_fleet() -> Fleet:
         if fleet is None:
-            raise ServiceError("this service runs without scorers; start the run with `steppe run`")
+            raise ServiceError(
+                "this service runs without scorers: the run is not up, or it is scored inside its training"
+            )
         return fleet
 
     @app.get("/v1/scorers", dependencies=[Depends(guard.may_read)])
@@ -202,5 +210,5 @@ def is_loopback(host: str) -> bool:
 
 def _describe_fleet(fleet: Fleet) -> dict[str, Any]:
     status = fleet.status()
-    keys = ("wanted", "scorers", "samples_per_second", "leases_expired", "leased", "blocks", "trouble")
+    keys = ("wanted", "scorers", "pid", "samples_per_second", "leases_expired", "leased", "blocks", "trouble")
     return {key: status[key] for key in keys} | {"alive": len(status["scorers"])}

@@ -12,7 +12,7 @@ class ControllerConfig(Config):
     lease_timeout_s: float = Field(default=60.0, gt=0)
     commit_interval_s: float = Field(default=0.2, gt=0)
     store_versions: int = Field(default=256, ge=1)
-    permutation_seed: int = 0
+    permutation_seed: int = Field(default=0, ge=0)
 
 
 class RestConfig(Config):

@@ -10,6 +10,8 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -19,16 +21,19 @@ from services.blocks import BlockTable
 from services.config import ControllerConfig
 from services.passes import Passes
 from services.quarantine import Quarantine
+from shared.attempts import abandoned
 from shared.errors import ConfigError, ServiceError
-from shared.leases import Lease
+from shared.events import Events
+from shared.freshness import ABANDONED, age_versions
+from shared.leases import MAX_REPLICAS, Lease
 from shared.schema import FLOAT_COLUMNS
 from shared.score_store import ScoreReader, ScoreWriter
 from shared.storage import Folder, local_path
 
 logger = logging.getLogger(__name__)
 
+NOT_FINITE = "a measured value is not finite"
 RATE_WINDOW_S = 10.0
-MAX_REPLICAS = 1024
 ATTEMPTS_AT_CLOSE = 5
 
 
@@ -68,16 +73,25 @@ class Controller:
         self._config = config
         self._run = Folder(local_path(run_uri))
         scores = self._run.path / "scores"
+        left_behind, self._quarantine = (
+            abandoned(self._run.path),
+            Quarantine(self._run),
+        )  # may fail: before the takeover
         self._writer = ScoreWriter(scores, num_samples, scoring_id=scoring_id, keep_versions=config.store_versions)
         self._blocks = BlockTable(num_samples, config.block_size, config.permutation_seed)
         reader = ScoreReader(scores)
-        self._blocks.restore(reader.dense("model_version"))
+        version_N = reader.dense("model_version")
+        is_abandoned_N = age_versions(version_N, 0, left_behind) == ABANDONED
+        self._blocks.restore(np.where(is_abandoned_N, 0, version_N))
+        self._events = Events(self._run.path)
+        self._reports: collections.Counter[str] = collections.Counter(reader.metadata.get("reports", {}))
         self._wanted = int(reader.metadata.get("wanted", wanted))
+        logger.info("opened the score store at version %d, %d scorers wanted", self._writer.version, self._wanted)
         self._scorers: dict[str, dict[str, Any]] = {}
         self._submitted: list[tuple[int, int, int]] = []  # lease, block, model_version of rows not yet committed
         self._work_pending = False  # rows, or notes, that are not committed
         self._passes = Passes(len(self._blocks), reader.metadata)
-        self._quarantine = Quarantine(self._run, int(reader.metadata.get("quarantined_rows", 0)))
+        self._quarantine.count = int(reader.metadata.get("quarantined_rows", 0))
         self._rates: collections.deque[tuple[float, int]] = collections.deque()
         self._first_lease = self._last_submit = 0.0
         self._received = 0
@@ -85,6 +99,7 @@ class Controller:
         self._failure: Exception | None = None  # no commit is possible any more
         self._lock = threading.RLock()
         self._came = threading.Condition(self._lock)
+        self._committing = threading.Lock()
         self._closing = False
         self._thread = threading.Thread(target=self._commit_loop, name="commits", daemon=True)
         self._thread.start()
@@ -109,10 +124,13 @@ class Controller:
             self._first_lease = self._first_lease or time.monotonic()
             return self._blocks.lease(scorer_id, model_version, time.monotonic(), self._config.lease_timeout_s)
 
-    def submit(self, scorer_id: str, lease_id: int, rows: pa.Table) -> None:
+    def submit(
+        self, scorer_id: str, lease_id: int, rows: pa.Table, failed: Mapping[int, str] = MappingProxyType({})
+    ) -> None:
         """Rows of a lease. Rows of an expired lease are welcome too: the store keeps the latest whoever scored it.
 
-        Non-finite rows go to quarantine, counted, and never to the store.
+        Non-finite rows go to quarantine, counted, and never to the store; `failed` holds the reasons of those samples
+        that could not be scored at all.
         """
         with self._lock:
             self._check()
@@ -120,7 +138,7 @@ class Controller:
             for name in FLOAT_COLUMNS:
                 finite &= np.isfinite(rows.column(name).to_numpy())
             if not finite.all():
-                self._quarantine.add(rows.filter(pa.array(~finite)), "a measured value is not finite")
+                self._put_in_quarantine(scorer_id, rows.filter(pa.array(~finite)), failed)
             self._writer.append(rows.filter(pa.array(finite)))
             block = self._blocks.block_of(rows.column("sample_id").to_numpy())
             if block is not None:  # also of a lease that has expired, or that an earlier controller gave
@@ -129,6 +147,14 @@ class Controller:
                 self._submitted.append((lease_id, block, version))
                 self._passes.scored(block, version)
             self._count(scorer_id, rows.num_rows)
+            self._wake()
+
+    def report(self, scorer_id: str, event: str, detail: str) -> None:
+        """Something that people should hear of, such as a checkpoint that was skipped; counted by its name."""
+        logger.warning("%s: %s: %s", scorer_id, event, detail)
+        self._events.append(event, scorer_id=scorer_id, detail=detail)
+        with self._lock:
+            self._reports[event] += 1
             self._wake()
 
     def release(self, scorer_id: str) -> int:
@@ -157,6 +183,7 @@ class Controller:
         with self._lock:
             self._wanted = replicas
             self._wake()
+        self._events.append("scaled", wanted=replicas)
 
     def status(self) -> dict[str, Any]:
         """Numbers for people and REST."""
@@ -174,8 +201,21 @@ class Controller:
                 "samples_per_second": self._rate(),
                 "samples_per_second_mean": self._received / max(self._last_submit - self._first_lease, 1e-9),
                 "quarantined_rows": self._quarantine.count,
+                "reports": dict(self._reports),
                 "trouble": str(self._failure or self._trouble or "") or None,
             }
+
+    def flush(self) -> None:
+        """Commit what came in, now. Raises OSError when that is not possible, and the rows stay pending; or Fenced."""
+        with self._lock:
+            self._check()
+        try:
+            self._commit()
+        except OSError as error:
+            with self._lock:
+                self._trouble = error
+                self._wake()
+            raise
 
     def close(self) -> None:
         """Commit what came in and end. Raises ServiceError when that is not possible."""
@@ -200,6 +240,8 @@ class Controller:
                     return
             except OSError as error:  # such as a full disk: the rows are still pending
                 logger.exception("a commit failed, it is tried again")
+                if self._trouble is None:
+                    self._events.append("commit_failed", reason=str(error))
                 attempts_at_close += closing
                 with self._lock:
                     self._trouble, self._work_pending = error, True
@@ -217,20 +259,33 @@ class Controller:
                     self._came.wait_for(lambda: self._closing, self._config.commit_interval_s)
 
     def _commit(self) -> None:
-        with self._lock:
-            self._work_pending = False
-            submitted = list(self._submitted)
-            notes = self._passes.notes() | {"wanted": self._wanted, "quarantined_rows": self._quarantine.count}
-        self._quarantine.save()
-        self._writer.commit(notes)
-        with self._lock:
-            self._trouble = None
-            self._blocks.committed(submitted)
-            del self._submitted[: len(submitted)]
+        with self._committing:
+            with self._lock:
+                self._work_pending = False
+                submitted = list(self._submitted)
+                notes = self._passes.notes() | {
+                    "wanted": self._wanted,
+                    "quarantined_rows": self._quarantine.count,
+                    "reports": dict(self._reports),
+                }
+            self._quarantine.save()
+            version, rows = self._writer.version, self._writer.rows
+            if self._writer.commit(notes) != version:
+                self._events.append("committed", store_version=self._writer.version, rows=self._writer.rows - rows)
+            with self._lock:
+                self._trouble = None
+                self._blocks.committed(submitted)
+                del self._submitted[: len(submitted)]
 
     def _wake(self) -> None:
         self._work_pending = True
         self._came.notify()
+
+    def _put_in_quarantine(self, scorer_id: str, rows: pa.Table, failed: Mapping[int, str]) -> None:
+        reasons = [failed.get(sample_id, NOT_FINITE) for sample_id in rows.column("sample_id").to_pylist()]
+        self._quarantine.add(rows, reasons)
+        for reason, count in collections.Counter(reasons).items():
+            self._events.append("quarantine", scorer_id=scorer_id, rows=count, reason=reason)
 
     def _check(self) -> None:
         if self._failure is not None:

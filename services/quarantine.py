@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from collections.abc import Sequence
 
 import pyarrow as pa
 
@@ -17,17 +18,17 @@ QUARANTINE_FILE = "quarantine.arrow"
 class Quarantine:
     """Rows that must not count, with the reason: the latest one of each sample in a file, all of them counted."""
 
-    def __init__(self, run: Folder, count: int) -> None:
+    def __init__(self, run: Folder) -> None:
         self._run = run
-        self.count = count
+        self.count = 0
         self._lock = threading.Lock()
         self._rows = self._saved = QUARANTINE_SCHEMA.empty_table()
         if QUARANTINE_FILE in run.names():
             self._rows = self._saved = pa.ipc.open_file(run.read(QUARANTINE_FILE)).read_all()
 
-    def add(self, rows: pa.Table, reason: str) -> None:
-        logger.warning("%d rows in quarantine: %s", rows.num_rows, reason)
-        named = rows.append_column("reason", pa.array([reason] * rows.num_rows)).cast(QUARANTINE_SCHEMA)
+    def add(self, rows: pa.Table, reasons: Sequence[str]) -> None:
+        logger.warning("%d rows in quarantine: %s", rows.num_rows, "; ".join(sorted(set(reasons))))
+        named = rows.append_column("reason", pa.array(reasons, pa.string())).cast(QUARANTINE_SCHEMA)
         with self._lock:
             self.count += rows.num_rows
             self._rows = fold([self._rows, named])

@@ -9,14 +9,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from shared.attempts import abandoned, attempts
 from shared.catalogue import Run
 from shared.checkpoints import newest, stable
 from shared.errors import StoreError
-from shared.freshness import age_versions, staleness_bound, statuses
+from shared.events import last_events
+from shared.freshness import ABANDONED, age_versions, staleness_bound, statuses
 from shared.measures import MEASURES, find_measure, percentiles
 from shared.score_store import ScoreReader
 
 AGE_QUANTILES = (0.5, 0.95)
+EVENTS_SEARCHED = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,14 +83,14 @@ class Difficulty:
             newest_version = checkpoint.model_version if checkpoint else 0
             bound = staleness_bound(reader.metadata)
             version_N = reader.dense("model_version")
-            age_N = age_versions(version_N, newest_version)
-            scored = age_N[age_N >= 0]
+            age_N = age_versions(version_N, newest_version, abandoned(self.run.path))
+            dated = age_N[(age_N >= 0) & (age_N < ABANDONED)]
             status, count = np.unique(statuses(age_N, bound), return_counts=True)
-            ages = np.quantile(scored, AGE_QUANTILES).tolist() if len(scored) else [None] * len(AGE_QUANTILES)
+            ages = np.quantile(dated, AGE_QUANTILES).tolist() if len(dated) else [None] * len(AGE_QUANTILES)
             return {
                 "run_id": self.run.description["run_id"],
                 "num_samples": reader.num_samples,
-                "coverage": len(scored) / reader.num_samples,
+                "coverage": float((age_N >= 0).mean()),
                 "status": dict.fromkeys(("fresh", "stale", "unscored"), 0)
                 | dict(zip(status, count.tolist(), strict=True)),
                 "age_versions_p50": ages[0],
@@ -99,7 +102,15 @@ class Difficulty:
                 "newest_model_version": newest_version,
                 "newest_step": checkpoint.step if checkpoint else 0,
                 "model_versions_scored": int(reader.metadata.get("model_versions_scored", 0)),
+                "quarantined_rows": int(reader.metadata.get("quarantined_rows", 0)),
+                "reports": dict(reader.metadata.get("reports", {})),
+                "attempts": len(attempts(self.run.path)),
+                "training": self._last_epoch(),
             }
+
+    def events(self, limit: int) -> list[dict[str, Any]]:
+        """The last `limit` events of the run's diary, in order."""
+        return last_events(self.run.path, limit)
 
     def checkpoints(self) -> list[dict[str, Any]]:
         """Stable checkpoints, newest first."""
@@ -124,13 +135,21 @@ class Difficulty:
                 return str(error)
             return None if reader.version else "no scores are committed yet"
 
+    def _last_epoch(self) -> dict[str, Any] | None:
+        """The last epoch of the training that ended: epoch, step, steps, loss, accuracy; None before the first."""
+        for event in reversed(last_events(self.run.path, EVENTS_SEARCHED)):
+            if event["event"] == "epoch":
+                return {key: value for key, value in event.items() if key not in ("event", "time")}
+        return None
+
     def _describe(self, reader: ScoreReader, rows: pa.Table, measure: str) -> dict[str, Any]:
         rule = find_measure(measure)
         checkpoint = newest(self.run.path)
         newest_version = checkpoint.model_version if checkpoint else 0
         version_B = rows.column("model_version").fill_null(-1).to_numpy()
-        age_B = age_versions(version_B, newest_version)
+        age_B = age_versions(version_B, newest_version, abandoned(self.run.path))
         scored_B = version_B >= 0
+        dated_B = scored_B & (age_B < ABANDONED)  # scores that a resumed trainer left behind are stale and have no age
         value_B = rule.show({name: rows.column(name).to_numpy() for name in rule.columns})
         percentile_B = self._percentiles_of(reader, measure)[rows.column("sample_id").to_numpy()]
         step_B = rows.column("step").fill_null(-1).to_numpy()
@@ -144,8 +163,8 @@ class Difficulty:
             "value": _nullable(value_B, scored_B),
             "percentile": _nullable(percentile_B, scored_B),
             "status": statuses(age_B, staleness_bound(reader.metadata)).tolist(),
-            "age_versions": _nullable(age_B, scored_B),
-            "age_steps": _nullable(np.maximum((checkpoint.step if checkpoint else 0) - step_B, 0), scored_B),
+            "age_versions": _nullable(age_B, dated_B),
+            "age_steps": _nullable(np.maximum((checkpoint.step if checkpoint else 0) - step_B, 0), dated_B),
             "model_version": _nullable(version_B, scored_B),
             "step": _nullable(step_B, scored_B),
         }

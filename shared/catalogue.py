@@ -2,20 +2,25 @@
 
 run.json        run id, data set fingerprint, N, resolved configuration, scoring_id; written once
 samples.arrow   sample_id, key, label of every sample
-runtime.json    REST address, driver pid, Ray's folder; there while the run is up
+runtime.json    REST address, driver pid, Ray's folder; there while the run is up, and after a kill
+lock            held by the driver
 token           the bearer token for changes, mode 0600
 summary.json    what came of it
 """
 
 import contextlib
 import datetime
+import enum
+import fcntl
 import json
 import os
 import secrets
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 
 from shared.datasets import Images
@@ -26,6 +31,22 @@ from shared.storage import Folder, local_path
 Uri = str | os.PathLike[str]
 
 
+CLOCK_STEP_S = 30.0  # the system's clock may be set while a run goes on, and start times move with it
+
+
+_DESCRIBED = {"run_id", "created_at", "dataset_fingerprint", "num_samples", "scoring_id", "config"}
+
+
+class RunState(enum.StrEnum):
+    """What became of a run."""
+
+    RUNNING = "running"
+    SERVED = "served"  # not running; `steppe serve` answers for it
+    KILLED = "killed"  # its driver is gone and left a runtime.json
+    FINISHED = "finished"
+    INTERRUPTED = "interrupted"
+
+
 class Run:
     """One run folder. `Run.create` makes one, `Run(uri)` opens one; raises RunError when there is none."""
 
@@ -34,7 +55,9 @@ class Run:
         self.path = self._folder.path
         description = self.read("run.json")
         if description is None:
-            raise RunError(f"{self.path} is not a run folder: it has no run.json")
+            raise RunError(f"{self.path} is not a run folder: it has no run.json; to see the runs: steppe runs")
+        if missing := sorted(_DESCRIBED - description.keys()):
+            raise RunError(f"{self.path / 'run.json'} is not of a run: it lacks {', '.join(missing)}")
         self.description: dict[str, Any] = description
 
     @classmethod
@@ -62,17 +85,45 @@ class Run:
             if not folder.create("run.json", _json(description)):  # last: what has it is whole
                 raise taken
         except OSError as error:
-            raise RunError(f"cannot write the run folder {path}: {error.strerror}; set run.folder") from error
+            raise RunError(
+                f"cannot write the run folder {path}: {error.strerror}; set run.folder, or run.root, to a folder that "
+                "you may write to"
+            ) from error
         return cls(path)
 
     @property
     def num_samples(self) -> int:
         return int(self.description["num_samples"])
 
-    @property
-    def is_up(self) -> bool:
-        """Whether its driver runs, or was killed and left its runtime.json."""
-        return (self.path / "runtime.json").exists()
+    def state(self) -> RunState:
+        """Running, served, killed, finished or interrupted, by its files and the process that they name."""
+        finished = (self.path / "summary.json").exists()
+        runtime = self.runtime()
+        if runtime:
+            if is_running(runtime):
+                return RunState.SERVED if runtime.get("role") == "serve" else RunState.RUNNING
+            if not finished:
+                return RunState.KILLED
+        return RunState.FINISHED if finished else RunState.INTERRUPTED
+
+    def runtime(self) -> dict[str, Any] | None:
+        """What runtime.json says; nothing when it is torn, None when there is none."""
+        try:
+            return self.read("runtime.json")
+        except RunError:
+            return {}
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Held by the driver: one at a time writes this run. Raises RunError when another one does."""
+        with open(self.path / "lock", "wb") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise RunError(
+                    f"{self.path} is running, or being resumed; stop it first: steppe down {self.path}"
+                ) from None
+            yield
 
     @property
     def scores_uri(self) -> Path:
@@ -95,10 +146,15 @@ class Run:
         """A JSON file of the run; None when it is not there."""
         try:
             content: dict[str, Any] = json.loads(self._folder.read(name))
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise RunError(f"cannot read {self.path / name}: {error.strerror}") from error
         except ValueError as error:
-            raise RunError(f"{self.path / name} is not whole: {error}") from error
+            fix = "bring it back from a copy, or start a new run" if name == "run.json" else "remove it"
+            raise RunError(f"{self.path / name} is not whole: {error}; {fix}") from error
+        if not isinstance(content, dict):
+            raise RunError(f"{self.path / name} is not of a run: it holds no JSON object")
         return content
 
     def write(self, name: str, content: dict[str, Any]) -> None:
@@ -123,16 +179,42 @@ class Run:
             return None
 
 
-def newest_run(root: Uri) -> Run:
-    """Of the runs below `root` that are up, else of all, the one created last. Raises RunError when there is none."""
-    folder = local_path(root)
+def all_runs(root: Uri) -> list[Run]:
+    """The runs below `root`, the oldest first."""
     runs = []
-    for path in folder.glob("*/run.json"):
+    for path in local_path(root).glob("*/run.json"):
         with contextlib.suppress(RunError):  # a damaged one hides no other
             runs.append(Run(path.parent))
+    return sorted(runs, key=lambda run: str(run.description["created_at"]))
+
+
+def newest_run(root: Uri) -> Run:
+    """Of the runs below `root` that are running or served, else killed, else of all, the one created last.
+
+    Raises RunError when there is none.
+    """
+    runs = all_runs(root)
     if not runs:
-        raise RunError(f"no run in {folder}; name a run folder, or start one with `steppe run CONFIG`")
-    return max(runs, key=lambda run: (run.is_up, str(run.description["created_at"])))
+        raise RunError(f"no run in {local_path(root)}; name a run folder, or start one with `steppe run CONFIG`")
+    rank = {RunState.RUNNING: 2, RunState.SERVED: 2, RunState.KILLED: 1}
+    return max(reversed(runs), key=lambda run: rank.get(run.state(), 0))  # of equals the newest
+
+
+def process_identity() -> dict[str, Any]:
+    """What a runtime.json says of this process, so that a later one with the same pid is not taken for it."""
+    return {"pid": os.getpid(), "pid_started": psutil.Process().create_time()}
+
+
+def is_running(runtime: Mapping[str, Any]) -> bool:
+    """Whether the process that wrote `runtime` (`process_identity`) still runs on this machine."""
+    try:
+        process = psutil.Process(int(runtime.get("pid", -1)))
+        return (
+            abs(process.create_time() - float(runtime.get("pid_started", 0))) < CLOCK_STEP_S
+            and process.status() != psutil.STATUS_ZOMBIE
+        )
+    except (psutil.NoSuchProcess, ValueError, TypeError):
+        return False
 
 
 def _json(content: dict[str, Any]) -> bytes:

@@ -20,11 +20,12 @@ import queue
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shared.errors import CheckpointCorrupt, CheckpointError, CheckpointGone, PerturbedWeights
+from shared.events import Events
 from shared.storage import Folder, local_path
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class CheckpointPublisher:
         if keep_last < 1 or max_pending < 1:
             raise CheckpointError(f"keep_last is {keep_last}, max_pending {max_pending}; both must be at least 1")
         self._folder = Folder(local_path(uri) / "checkpoints").make()
+        self._events = Events(uri)
         self._keep_last = keep_last
         self._next_version = _highest(self._folder) + 1
         self._copies: queue.Queue[tuple[int, int, dict[str, torch.Tensor], dict[str, str]] | None] = queue.Queue()
@@ -80,6 +82,7 @@ class CheckpointPublisher:
         self.skipped = 0
         self.failed = 0
         self.seconds = 0.0  # that callers spent in `publish`
+        self.published_at: dict[int, float] = {}  # when `publish` was called, by version (time.monotonic)
         last = newest(uri)
         self.newest_version = last.model_version if last else 0
         self._thread = threading.Thread(target=self._write_copies, name="publisher", daemon=True)
@@ -90,7 +93,7 @@ class CheckpointPublisher:
 
         Raises: PerturbedWeights between SAM's first and second step.
         """
-        began = time.perf_counter()
+        began = time.monotonic()
         step = operator.index(step)
         if self._closed:
             raise CheckpointError("this CheckpointPublisher is closed; open a new one")
@@ -105,8 +108,14 @@ class CheckpointPublisher:
                 self.skipped += 1
         self._copies.put((version, step, tensors, tied))
         self.newest_version = version
-        self.seconds += time.perf_counter() - began
+        self.published_at[version] = began
+        self.seconds += time.monotonic() - began
         return version
+
+    @property
+    def next_version(self) -> int:
+        """The lowest model_version that the next `publish` may give."""
+        return self._next_version
 
     def flush(self) -> None:
         """Wait until everything published is stable."""
@@ -148,11 +157,13 @@ class CheckpointPublisher:
                 _write(Folder(self._folder.path / _name(version)), step, tensors, tied)
                 self.published += 1
                 self._failure = None
+                self._events.append("published", model_version=version, step=step)
                 _remove_old(self._folder, self._keep_last)
             except Exception as error:  # such as a full disk: training goes on, the next version is tried
                 logger.warning("checkpoint %d could not be written: %s", version, error)
                 self.failed += 1
                 self._failure = error
+                self._events.append("publish_failed", model_version=version, step=step, reason=str(error))
             finally:
                 self._copies.task_done()
         self._copies.task_done()
@@ -163,8 +174,11 @@ def newest(uri: Uri) -> Checkpoint | None:
     return next(stable(uri), None)
 
 
-def stable(uri: Uri) -> Iterator[Checkpoint]:
-    """Stable checkpoints of the run folder `uri`, newest first. One whose description is damaged is passed over."""
+def stable(uri: Uri, on_damaged: Callable[[int, Exception], None] = lambda *_: None) -> Iterator[Checkpoint]:
+    """Stable checkpoints of the run folder `uri`, newest first.
+
+    One whose description is damaged is passed over, and `on_damaged` told its version and what is wrong.
+    """
     folder = Folder(local_path(uri) / "checkpoints")
     for name in reversed(_versions(folder)):
         path = folder.path / name
@@ -175,8 +189,8 @@ def stable(uri: Uri) -> Iterator[Checkpoint]:
             checkpoint = Checkpoint(path=path, model_version=int(name[1:]), **meta)
         except FileNotFoundError:
             continue  # removed meanwhile: a newer one is there
-        except (ValueError, TypeError) as error:
-            logger.warning("%s cannot be read, the checkpoint is skipped: %s", path / "meta.json", error)
+        except (OSError, ValueError, TypeError) as error:
+            on_damaged(int(name[1:]), error)
             continue
         yield checkpoint
 

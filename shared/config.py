@@ -12,15 +12,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shared.errors import ConfigError
+
+RESNET18_WIDTH = 64
 
 
 class Config(BaseModel):
     """Base of all settings: immutable, and unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False)
 
 
 class DataConfig(Config):
@@ -38,6 +40,14 @@ class ModelConfig(Config):
     name: Literal["small_cnn", "resnet18"] = "small_cnn"
     width: int | None = Field(default=None, ge=1, le=1024)
 
+    @model_validator(mode="after")
+    def _has_its_width(self) -> "ModelConfig":
+        if self.name == "resnet18" and self.width not in (None, RESNET18_WIDTH):
+            raise ConfigError(
+                f"model.width is {self.width}, but resnet18 always has {RESNET18_WIDTH}; set that, or leave it out"
+            )
+        return self
+
 
 C = TypeVar("C", bound=Config)
 
@@ -50,11 +60,21 @@ def read_config(kind: type[C], path: str | os.PathLike[str], settings: Sequence[
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"no configuration file {os.fspath(path)!r}") from None
+        raise ConfigError(f"no configuration file {os.fspath(path)!r}; to make one: steppe config init") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{os.fspath(path)!r} is a folder; name the configuration file in it") from None
     except OSError as error:
         raise ConfigError(f"cannot read {os.fspath(path)!r}: {error.strerror}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{os.fspath(path)}: {error}") from error
+    except UnicodeDecodeError as error:
+        wrong = f"byte 0x{error.object[error.start]:02x} at position {error.start}"
+        raise ConfigError(f"{os.fspath(path)} is not UTF-8 ({wrong}); save it as UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{os.fspath(path)} is not TOML: {error}") from error
+    return make_config(kind, values, settings)
+
+
+def make_config(kind: type[C], values: dict[str, Any], settings: Sequence[str] = ()) -> C:
+    """As `read_config`, of values that are read already, such as those in a run.json; changes `values`."""
     for setting in settings:
         _apply(values, setting)
     try:
@@ -83,12 +103,37 @@ def _apply(values: dict[str, Any], setting: str) -> None:
 
 def _explain(kind: type[BaseModel], item: Any) -> str:
     """One line for one of pydantic's findings."""
-    key = ".".join(str(part) for part in item["loc"])
-    if item["type"] != "extra_forbidden":
-        return f"{key} = {item['input']!r}: {item['msg']}" if key else f"{item['msg']}"
-    known = _keys(kind)
-    near = difflib.get_close_matches(key, known, n=1)
-    return f"{key}: unknown setting" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}")
+    key, given = ".".join(str(part) for part in item["loc"]), item["input"]
+    if item["type"] == "extra_forbidden":
+        known = _keys(kind)
+        near = difflib.get_close_matches(key, known, n=1)
+        return f"{key}: unknown setting" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}")
+    if item["type"] == "value_error":  # of a check of our own, which names value and limit itself
+        text = str(item["ctx"]["error"])
+        return text if text.startswith(key) else f"{key}: {text}"
+    if item["type"] == "model_type":
+        return f"{key} = {given!r}: {key} is a section, not a value; set what is in it, such as " + next(
+            (name for name in _keys(kind) if name.startswith(f"{key}.")), key
+        )
+    if isinstance(given, dict):
+        return f"{key} is a value, not a section; {key}.{next(iter(given), '...')} cannot be set"
+    words = _WORDS.get(item["type"])
+    return f"{key} = {given!r}: " + (words.format(**item.get("ctx", {})) if words else item["msg"])
+
+
+_WORDS = {  # pydantic's kinds of findings as people say them
+    "greater_than": "must be more than {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be less than {lt}",
+    "less_than_equal": "must be at most {le}",
+    "finite_number": "must be a finite number",
+    "literal_error": "must be {expected}",
+    "string_type": "must be a text",
+} | {
+    f"{kind}_{finding}": f"must be {what}"
+    for kind, what in (("int", "a whole number"), ("float", "a number"), ("bool", "true or false"))
+    for finding in ("type", "parsing", "parsing_size", "from_float")
+}
 
 
 def _keys(kind: type[BaseModel], prefix: str = "") -> list[str]:

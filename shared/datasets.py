@@ -7,6 +7,7 @@ split after `subset`; augmentation is the training loop's business and never tou
 import dataclasses
 import gzip
 import hashlib
+import math
 import struct
 import zlib
 from collections.abc import Callable
@@ -78,7 +79,10 @@ def load_dataset(config: DataConfig) -> Dataset:
     dataset = _DATASETS[config.name](config)
     if config.subset is not None:
         if config.subset > len(dataset.train):
-            raise DataError(f"data.subset is {config.subset}; {config.name} has {len(dataset.train)} training images")
+            raise DataError(
+                f"data.subset is {config.subset}; {config.name} has {len(dataset.train)} training images: set "
+                "it to that or less, or leave it out"
+            )
         dataset = dataclasses.replace(dataset, train=dataset.train.head(config.subset))
     return dataset
 
@@ -102,16 +106,26 @@ def _fashion_mnist(config: DataConfig) -> Dataset:
         from torchvision.datasets import FashionMNIST
 
         root = folder if config.root else Path("~/.cache/steppe").expanduser()
-        FashionMNIST(str(root), download=True)
+        try:
+            FashionMNIST(str(root), download=True)
+        except (OSError, RuntimeError) as error:
+            raise DatasetMissing(
+                f"Fashion-MNIST cannot be fetched to {root}: {error}; check the network and that folder, or bring the "
+                "files: data.download = false and data.root"
+            ) from error
         folder = root / "FashionMNIST" / "raw"
     try:
         splits = [_read_idx_split(folder, part) for part in ("train", "t10k")]
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise DatasetMissing(
             f"Fashion-MNIST is not at {folder}: {error.filename} is missing. Either install Debian's package "
             "dataset-fashion-mnist, or set data.root to a folder with the four IDX files (plain or .gz), or set "
             "data.download = true to let torchvision fetch it"
         ) from None
+    except OSError as error:
+        raise DataError(
+            f"cannot read {error.filename}: {error.strerror}; it must be a file that you may read"
+        ) from error
     return Dataset("fashion_mnist", *splits)
 
 
@@ -119,9 +133,11 @@ def _read_idx_split(folder: Path, part: str) -> Images:
     image_file, label_file = folder / f"{part}-images-idx3-ubyte", folder / f"{part}-labels-idx1-ubyte"
     pixels, labels = _read_idx(image_file, 3), _read_idx(label_file, 1)
     if len(pixels) != len(labels):
-        raise DataError(f"{image_file} has {len(pixels)} images, {label_file} {len(labels)} labels")
-    if len(labels) and labels.max() > 9:
-        raise DataError(f"{label_file} has the label {labels.max()}; Fashion-MNIST has 0..9")
+        raise DataError(f"{image_file} has {len(pixels)} images, {label_file} {len(labels)} labels; fetch both again")
+    if not len(labels):
+        raise DataError(f"{image_file} has no images; fetch it again")
+    if labels.max() > 9:
+        raise DataError(f"{label_file} has the label {labels.max()}; Fashion-MNIST has 0..9; fetch it again")
     return Images(pixels[:, None], labels.astype(np.int64), white=255, num_classes=10)
 
 
@@ -136,10 +152,12 @@ def _read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
             raise DataError(f"{path}.gz is damaged: {error}; fetch it again") from error
     head = 4 + 4 * dimensions
     if len(data) < head or data[:4] != bytes([0, 0, 8, dimensions]):
-        raise DataError(f"{path} is not an IDX file of bytes with {dimensions} dimensions")
+        raise DataError(f"{path} is not an IDX file of bytes with {dimensions} dimensions; fetch it again")
     shape = struct.unpack(f">{dimensions}I", data[4:head])
-    if len(data) != head + int(np.prod(shape)):
-        raise DataError(f"{path} has {len(data) - head} bytes of values, its header says {int(np.prod(shape))}")
+    if len(data) != head + math.prod(shape):
+        raise DataError(
+            f"{path} has {len(data) - head} bytes of values, its header says {math.prod(shape)}; fetch it again"
+        )
     return np.frombuffer(data, dtype=np.uint8, offset=head).reshape(shape)
 
 

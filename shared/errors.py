@@ -13,6 +13,7 @@
     │   ├── CheckpointGone             weights that were removed meanwhile
     │   └── PerturbedWeights           publishing between SAM's two steps
     ├── StateError (ValueError)        a state dict that does not fit, steps out of order
+    ├── TrainingDiverged               the loss is not a number any more
     ├── RunError                       a run folder that is missing or of another data set
     └── ServiceError                   a process of the run that does not answer
 
@@ -70,6 +71,10 @@ class PerturbedWeights(CheckpointError):
 
 class StateError(SteppeError, ValueError):
     """A state dict that does not fit, or steps taken out of order."""
+
+
+class TrainingDiverged(SteppeError):
+    """The loss is not finite any more; the weights are of no use."""
 
 
 class RunError(SteppeError):

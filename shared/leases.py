@@ -5,6 +5,8 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
+MAX_REPLICAS = 1024
+
 
 @dataclasses.dataclass(frozen=True)
 class Lease:

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from shared.config import ModelConfig
 from shared.datasets import Dataset
-from shared.errors import ConfigError
 
 
 class Normalize(nn.Module):
@@ -54,14 +53,9 @@ def small_cnn(channels: int, num_classes: int, width: int | None) -> nn.Module:
 
 
 def resnet18(channels: int, num_classes: int, width: int | None) -> nn.Module:
-    """torchvision's ResNet-18 with the usual stem for small images: 3x3, stride 1, no pooling.
-
-    Raises ConfigError for a `width` other than torchvision's fixed 64.
-    """
+    """torchvision's ResNet-18 with the usual stem for small images: 3x3, stride 1, no pooling; 64 wide, as ever."""
     from torchvision.models import resnet18 as torchvision_resnet18
 
-    if width not in (None, 64):
-        raise ConfigError(f"model.width is {width}; resnet18 always has 64: leave model.width out")
     net: nn.Module = torchvision_resnet18(num_classes=num_classes)
     net.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
     net.maxpool = nn.Identity()

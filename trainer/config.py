@@ -30,19 +30,25 @@ class CurriculumConfig(Config):
 
 
 class TrainConfig(Config):
-    """SGD with momentum under SAM, cosine learning rate. `threads` are torch's; None leaves them as they are."""
+    """SGD with momentum under SAM, cosine learning rate. `threads` are torch's; None leaves them as they are.
 
-    epochs: int = Field(default=30, ge=1)
+    The state that `--resume` goes on from is saved at the end of an epoch, at most every `save_interval_s`, at the end
+    of all, when interrupted, and every `save_every_steps` where set.
+    """
+
+    epochs: int = Field(default=30, ge=1, le=1_000_000)
     batch_size: int = Field(default=64, ge=2)
     learning_rate: float = Field(default=0.1, gt=0, allow_inf_nan=False)
     momentum: float = Field(default=0.9, ge=0, lt=1)
     weight_decay: float = Field(default=5e-4, ge=0)
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     device: str = "auto"
     threads: int | None = Field(default=None, ge=1)
     warmup_steps: int = Field(default=20, ge=1)
     publish_every_steps: int = Field(default=20, ge=1)
     keep_checkpoints: int = Field(default=4, ge=1)
+    save_interval_s: float = Field(default=5.0, ge=0)
+    save_every_steps: int | None = Field(default=None, ge=1)
     startup_wait_s: float = Field(default=60.0, ge=0)
     sam: SamConfig = SamConfig()
     curriculum: CurriculumConfig = CurriculumConfig()

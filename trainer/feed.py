@@ -7,15 +7,17 @@ import dataclasses
 import logging
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from shared.attempts import Ranges, abandoned
 from shared.checkpoints import newest
 from shared.errors import SteppeError
-from shared.freshness import DEFAULT_BOUND_VERSIONS, age_versions, staleness_bound
+from shared.freshness import ABANDONED, DEFAULT_BOUND_VERSIONS, age_versions, staleness_bound
 from shared.measures import find_measure, percentiles
 from shared.score_store import ScoreReader
 from shared.storage import local_path
@@ -27,13 +29,15 @@ logger = logging.getLogger(__name__)
 class ScoreView:
     """Scores of one store version. Arrays of length N are read-only and never change.
 
-    `percentile_N` is NaN and `model_version_N` -1 where unscored; `bound` is the staleness bound in versions.
+    `percentile_N` is NaN and `model_version_N` -1 where unscored; `bound` is the staleness bound in versions;
+    `abandoned` are the versions that a resumed trainer left behind.
     """
 
     store_version: int
     percentile_N: npt.NDArray[np.float64]
     model_version_N: npt.NDArray[np.int64]
     bound: int
+    abandoned: Ranges = ()
 
     @classmethod
     def empty(cls, num_samples: int) -> "ScoreView":
@@ -45,21 +49,27 @@ class ScoreView:
         model_version_N = reader.dense("model_version")
         value_N = rule.rank({name: reader.dense(name) for name in rule.columns})
         bound = staleness_bound(reader.metadata)
-        return cls(reader.version, percentiles(value_N, model_version_N), model_version_N, bound).frozen()
+        left_behind = abandoned(reader.uri.parent)
+        return cls(reader.version, percentiles(value_N, model_version_N), model_version_N, bound, left_behind).frozen()
 
     def frozen(self) -> "ScoreView":
         self.percentile_N.flags.writeable = self.model_version_N.flags.writeable = False
         return self
 
-    def coverage(self) -> float:
-        return float((self.model_version_N >= 0).mean())
+    def ages(self, newest_version: int) -> npt.NDArray[np.int64]:
+        """Age of each score in versions (`shared.freshness.age_versions`)."""
+        return age_versions(self.model_version_N, newest_version, self.abandoned)
+
+    def newest_scored(self) -> int:
+        """The newest model_version among the scores; -1 when there is none."""
+        return int(self.model_version_N.max())
 
     def fresh_share_and_median_age(self, newest_version: int) -> tuple[float, float | None]:
         """Share of all samples whose score is fresh, and the median age in versions of those that have one."""
-        age_N = age_versions(self.model_version_N, newest_version)
-        scored = age_N[age_N >= 0]
+        age_N = self.ages(newest_version)
+        dated = age_N[(age_N >= 0) & (age_N < ABANDONED)]
         fresh = float(((age_N >= 0) & (age_N <= self.bound)).mean())
-        return fresh, float(np.median(scored)) if len(scored) else None
+        return fresh, float(np.median(dated)) if len(dated) else None
 
 
 class Scores(Protocol):
@@ -83,7 +93,8 @@ class ScoreFeed:
         newest_version: where the trainer publishes itself, its publisher's newest version; else the checkpoint feed is
             read in the background.
 
-    `failures` counts refreshes that failed.
+    `failures` counts refreshes that failed; `first_seen` holds, for each model_version that was once the newest of a
+    view, when that view came (time.monotonic).
     """
 
     def __init__(
@@ -105,6 +116,7 @@ class ScoreFeed:
         self._reader: ScoreReader | None = None
         self._refreshing = threading.Lock()
         self.failures = 0
+        self.first_seen: dict[int, float] = {}
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="score feed", daemon=True)
         self._thread.start()
@@ -147,7 +159,8 @@ class ScoreFeed:
                 )
             self._reader = reader
         if self._reader.refresh() != self._view.store_version:
-            self._view = ScoreView.read(self._reader, self._measure)
+            self._view = view = ScoreView.read(self._reader, self._measure)
+            self.first_seen.setdefault(view.newest_scored(), time.monotonic())
 
     def _follow(self) -> None:
         while not self._stop.is_set():

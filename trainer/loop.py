@@ -7,6 +7,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -15,12 +16,13 @@ from torch.utils.data import BatchSampler
 
 from shared.checkpoints import CheckpointPublisher
 from shared.datasets import Dataset, Images
-from shared.errors import ConfigError
+from shared.errors import ConfigError, StateError, TrainingDiverged
 from trainer.config import TrainConfig
 from trainer.curriculum import find_policy
 from trainer.feed import Scores
 from trainer.sam import SAM, sam_step
 from trainer.sampler import CurriculumSampler
+from trainer.state import SavedState, StateSaver
 
 EVALUATION_BATCH = 1024
 NEWS_INTERVAL_S = 0.2
@@ -28,25 +30,47 @@ NEWS_INTERVAL_S = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where the training is. `loss` is the mean since the last news, `accuracy` the last evaluation's."""
+    """Where the training is. `loss` is the mean since the last news, `accuracy` the last evaluation's.
+
+    `evaluated`: an epoch has just ended, and `accuracy` is its.
+    """
 
     step: int
     steps: int
     epoch: int
     loss: float
     accuracy: float | None
+    evaluated: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What came of it. Seconds are the trainer's wall clock: in all, in `publish`, in planning draws."""
+    """What came of it. Seconds are the trainer's wall clock: in all, in `publish`, in planning draws, in saving,
+    in the epoch scorer.
+
+    `test_accuracy` is None when it was stopped before the first evaluation.
+    """
 
     steps: int
-    test_accuracy: float
+    test_accuracy: float | None
     seconds: float
     seconds_in_publish: float
     seconds_in_sampler: float
+    seconds_in_save: float
+    seconds_in_scoring: float
     sampler: CurriculumSampler
+
+
+class EpochScorer(Protocol):
+    """Scoring as a part of the training: the trainer waits for it, and its draws follow from the seed alone."""
+
+    def rescore(self, model: nn.Module, step: int) -> None:
+        """Publish the weights and score all samples with them."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def train(
@@ -57,59 +81,186 @@ def train(
     scores: Scores,
     on_progress: Callable[[Progress], None],
     stopped: Callable[[], bool] = lambda: False,
+    *,
+    epoch_scorer: EpochScorer | None = None,
+    saver: StateSaver | None = None,
+    resumed: SavedState | None = None,
 ) -> TrainResult:
-    """Train `model` on `dataset` to the end of its epochs, or until `stopped`, and evaluate it on the test split.
+    """Train `model` on `dataset` to the end of its epochs and evaluate it on the test split; or until `stopped`.
 
     The first checkpoint is published after `warmup_steps`, then every `publish_every_steps`, and the last at the end.
-    """
-    device = pick_device(config.device)
-    if config.threads is not None:
-        torch.set_num_threads(config.threads)
-    num_samples = len(dataset.train)
-    if num_samples % config.batch_size == 1:
-        raise ConfigError(
-            f"train.batch_size {config.batch_size} leaves one of {num_samples} samples for the last batch, where "
-            "BatchNorm has no variance; choose another"
-        )
-    steps = config.epochs * math.ceil(num_samples / config.batch_size)
-    sampler = _build_sampler(config, num_samples, scores)
-    batches = BatchSampler(sampler, config.batch_size, drop_last=False)
-    model.to(device).train()
-    optimizer = _build_optimizer(config, model)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
-    loss_fn = nn.CrossEntropyLoss()
 
-    began = last_news = time.perf_counter()
-    step, epoch, published = 0, 0, -1
-    loss, accuracy = math.nan, None
-    losses: list[torch.Tensor] = []
-    for epoch in range(config.epochs):
-        for ids in batches:
+    Args:
+        epoch_scorer: scores at the beginning of each epoch but the first; then only it and the end publish.
+        saver: is given the state as `TrainConfig` says.
+        resumed: the state to go on from, of a run with the same settings; its weights are published already.
+
+    Raises: TrainingDiverged when the loss is not finite, ConfigError for settings that cannot work.
+    """
+    training = _Training(config, model, dataset, publisher, scores, epoch_scorer)
+    if resumed is not None:
+        training.load_state_dict(resumed.content)
+    sampler, began = training.sampler, time.perf_counter()
+    seconds_in_save = seconds_in_scoring = 0.0
+    batches = BatchSampler(sampler, config.batch_size, drop_last=False)
+    last_news = last_save = began
+
+    def save() -> None:
+        nonlocal seconds_in_save, last_save
+        if saver is not None:
+            last_save = time.perf_counter()
+            saver.save(training.state())
+            seconds_in_save += time.perf_counter() - last_save
+
+    while sampler.epoch < config.epochs and not stopped():
+        epoch = sampler.epoch
+        if epoch_scorer is not None and epoch > 0 and sampler.position == 0:
+            scoring_began = time.perf_counter()
+            epoch_scorer.rescore(model, training.step)
+            seconds_in_scoring += time.perf_counter() - scoring_began
             if stopped():
-                break
-            x_BCHW, y_B = (part.to(device) for part in dataset.train.batch(ids))
-            losses.append(sam_step(model, optimizer, loss_fn, x_BCHW, y_B))
-            schedule.step()
-            step += 1
-            if step == config.warmup_steps or (
-                step > config.warmup_steps and (step - config.warmup_steps) % config.publish_every_steps == 0
-            ):
-                publisher.publish(model, step)
-                published = step
+                break  # perhaps in the middle of it
+        for ids in batches:
+            training.advance(ids)
+            if config.save_every_steps and training.step % config.save_every_steps == 0:
+                save()
             if time.perf_counter() - last_news > NEWS_INTERVAL_S:
                 last_news = time.perf_counter()
-                loss = float(torch.stack(losses).mean())
-                losses.clear()
-                on_progress(Progress(step, steps, epoch, loss, accuracy))
-        if stopped():
-            break
-        accuracy = evaluate(model, dataset.test, device)
-    if step != published:
-        publisher.publish(model, step)
-    final = evaluate(model, dataset.test, device) if accuracy is None or stopped() else accuracy
-    on_progress(Progress(step, steps, epoch, float(torch.stack(losses).mean()) if losses else loss, final))
-    seconds = time.perf_counter() - began
-    return TrainResult(step, final, seconds, publisher.seconds, sampler.seconds, sampler)
+                on_progress(training.progress(epoch))
+            if stopped():
+                break
+        if sampler.epoch > epoch and not stopped():
+            training.evaluate()
+            on_progress(training.progress(epoch, evaluated=True))
+            if time.perf_counter() - last_save >= config.save_interval_s:
+                save()
+    if saver is not None:
+        saver.close(training.state())
+    training.finish(evaluate=not stopped())
+    on_progress(training.progress(sampler.epoch if sampler.position else max(sampler.epoch - 1, 0)))
+    return TrainResult(
+        steps=training.step,
+        test_accuracy=training.accuracy,
+        seconds=time.perf_counter() - began,
+        seconds_in_publish=publisher.seconds,
+        seconds_in_sampler=sampler.seconds,
+        seconds_in_save=seconds_in_save,
+        seconds_in_scoring=seconds_in_scoring,
+        sampler=sampler,
+    )
+
+
+class _Training:
+    """Model, optimizer, schedule and sampler on their way through the steps, and how they are saved."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        dataset: Dataset,
+        publisher: CheckpointPublisher,
+        scores: Scores,
+        epoch_scorer: EpochScorer | None,
+    ) -> None:
+        num_samples = len(dataset.train)
+        if num_samples % config.batch_size == 1:
+            raise ConfigError(
+                f"train.batch_size {config.batch_size} leaves one of {num_samples} samples for the last batch, where "
+                "BatchNorm has no variance; choose another"
+            )
+        self.device = pick_device(config.device)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
+        self.model = model.to(self.device).train()
+        self.steps = config.epochs * math.ceil(num_samples / config.batch_size)
+        self.step = 0
+        self.accuracy: float | None = None
+        self.sampler = _build_sampler(config, num_samples, scores, ages_within_windows=epoch_scorer is None)
+        self._config = config
+        self._dataset = dataset
+        self._publisher = publisher
+        self._epoch_scorer = epoch_scorer
+        self._optimizer = _build_optimizer(config, model)
+        self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, T_max=self.steps)
+        self._loss_fn = nn.CrossEntropyLoss()
+        self._losses: list[torch.Tensor] = []  # since the last news
+        self._loss = math.nan
+        self._published_step = self._evaluated_step = -1
+
+    def advance(self, ids: list[int]) -> None:
+        """One step, and the checkpoint that is due after it."""
+        x_BCHW, y_B = (part.to(self.device) for part in self._dataset.train.batch(ids))
+        self._losses.append(sam_step(self.model, self._optimizer, self._loss_fn, x_BCHW, y_B))
+        self._schedule.step()
+        self.step += 1
+        since_first = self.step - self._config.warmup_steps
+        if self._epoch_scorer is None and since_first >= 0 and since_first % self._config.publish_every_steps == 0:
+            self._publish()
+
+    def progress(self, epoch: int, *, evaluated: bool = False) -> Progress:
+        """Raises TrainingDiverged when a loss since the last one was not finite."""
+        if self._losses:
+            self._loss = float(torch.stack(self._losses).mean())
+            self._losses.clear()
+            if not math.isfinite(self._loss):
+                raise TrainingDiverged(
+                    f"the loss is {self._loss} at step {self.step}; lower train.learning_rate "
+                    f"({self._config.learning_rate:g}) or train.sam.rho ({self._config.sam.rho:g})"
+                )
+        return Progress(self.step, self.steps, epoch, self._loss, self.accuracy, evaluated)
+
+    def evaluate(self) -> None:
+        self.accuracy = evaluate(self.model, self._dataset.test, self.device)
+        self._evaluated_step = self.step
+
+    def finish(self, *, evaluate: bool) -> None:
+        """The last checkpoint and, when asked for, the last accuracy, where they are not there already."""
+        if self.step != self._published_step:
+            self._publish()
+        if evaluate and self._evaluated_step != self.step:
+            self.evaluate()
+
+    def state(self) -> SavedState:
+        return SavedState(self.step, self._publisher.newest_version, self.state_dict())
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the coming steps, but the samples and, where they come from outside, the scores."""
+        on_gpu = self.device.type == "cuda"
+        return {
+            "step": self.step,
+            "accuracy": self.accuracy,
+            "evaluated_step": self._evaluated_step,
+            "model": self.model.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "epoch_scorer": self._epoch_scorer.state_dict() if self._epoch_scorer else None,
+            "rng": torch.get_rng_state(),
+            "device_rng": torch.cuda.get_rng_state(self.device) if on_gpu else None,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Raises StateError for unknown or missing fields, by name."""
+        if unlike := sorted(state.keys() ^ self.state_dict().keys()):
+            raise StateError(f"not a state of this training: the fields {unlike} are unknown or missing")
+        self.step, self.accuracy, self._evaluated_step = state["step"], state["accuracy"], state["evaluated_step"]
+        self.model.load_state_dict(state["model"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+        self.sampler.load_state_dict(state["sampler"])
+        if (self._epoch_scorer is None) != (state["epoch_scorer"] is None):
+            raise StateError("the state was saved under another scoring.mode; resume with the same")
+        if self._epoch_scorer is not None:
+            self._epoch_scorer.load_state_dict(state["epoch_scorer"])
+        else:
+            self._published_step = self.step
+        torch.set_rng_state(state["rng"])
+        if state["device_rng"] is not None and self.device.type == "cuda":
+            torch.cuda.set_rng_state(state["device_rng"], self.device)
+
+    def _publish(self) -> None:
+        self._publisher.publish(self.model, self.step)
+        self._published_step = self.step
 
 
 @torch.no_grad()
@@ -130,13 +281,19 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cuda", torch.cuda.device_count() - 1) if torch.cuda.is_available() else torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+    except RuntimeError as error:
+        raise ConfigError(f"train.device is {name!r}, which torch does not know; use auto, cpu or cuda:0") from error
+    try:
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"train.device is {name!r}: {str(error).splitlines()[0]}; use auto, cpu or cuda:0") from error
+        reason = str(error).partition("\n")[0].partition(". ")[0]
+        raise ConfigError(f"train.device is {name!r}: {reason}; use auto, cpu or cuda:0") from error
     return device
 
 
-def _build_sampler(config: TrainConfig, num_samples: int, scores: Scores) -> CurriculumSampler:
+def _build_sampler(
+    config: TrainConfig, num_samples: int, scores: Scores, *, ages_within_windows: bool
+) -> CurriculumSampler:
     curriculum = config.curriculum
     return CurriculumSampler(
         num_samples,
@@ -145,7 +302,7 @@ def _build_sampler(config: TrainConfig, num_samples: int, scores: Scores) -> Cur
         config.seed,
         epochs=config.epochs,
         windows_per_epoch=curriculum.windows_per_epoch,
-        lookahead_versions=_lookahead(config, num_samples),
+        lookahead_versions=_lookahead(config, num_samples) if ages_within_windows else 0,
     )
 
 

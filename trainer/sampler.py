@@ -15,7 +15,7 @@ from torch.utils.data import Sampler
 
 from shared.checkpoints import newest
 from shared.errors import ConfigError, StateError, SteppeError
-from shared.freshness import age_versions
+from shared.freshness import ABANDONED
 from shared.score_store import ScoreReader
 from trainer.curriculum import Policy, find_policy, trust
 from trainer.feed import Scores, ScoreView
@@ -47,12 +47,13 @@ class DrawCounts:
         self.fresh += fresh
         self.stale += len(scored) - fresh
         self.unscored += len(age_B) - len(scored)
-        counts = np.bincount(np.minimum(scored, MAX_AGE_COUNTED), minlength=len(self.age_counts))
+        dated = scored[scored < ABANDONED]  # what a resumed trainer left behind is stale and has no age
+        counts = np.bincount(np.minimum(dated, MAX_AGE_COUNTED), minlength=len(self.age_counts))
         counts[: len(self.age_counts)] += self.age_counts
         self.age_counts = counts
 
     def age_quantile(self, q: float) -> int | None:
-        """Quantile of the draws' ages in versions; None when none had a score."""
+        """Quantile of the draws' ages in versions; None when none had one."""
         if not self.age_counts.sum():
             return None
         return int(np.searchsorted(np.cumsum(self.age_counts), max(q * self.age_counts.sum(), 1)))
@@ -121,6 +122,16 @@ class CurriculumSampler(Sampler[int]):
         return self.num_samples - self._position
 
     @property
+    def epoch(self) -> int:
+        """The epoch that the next draw belongs to, from 0."""
+        return self._epoch
+
+    @property
+    def position(self) -> int:
+        """Draws of this epoch that are handed out."""
+        return self._position
+
+    @property
     def progress(self) -> float:
         """Share of the training's draws handed out, in [0, 1]."""
         if self._epochs is None:
@@ -151,7 +162,8 @@ class CurriculumSampler(Sampler[int]):
             yield sample_id
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the coming draws, given the scores. No store version is pinned.
+        """Everything that decides the coming draws, given the scores, and what the draws so far were worth. No store
+        version is pinned.
 
         It goes through `torch.save` and `torch.load` as it is.
         """
@@ -162,11 +174,12 @@ class CurriculumSampler(Sampler[int]):
             "window": torch.from_numpy(self._window[self._taken :].copy()),
             "credit": torch.from_numpy(self._credit_N.copy()),
             "rng": copy.deepcopy(self._rng.bit_generator.state),
+            "draws": dataclasses.asdict(self.draws) | {"age_counts": torch.from_numpy(self.draws.age_counts.copy())},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises StateError for unknown or missing fields, by name, or another number of samples."""
-        expected = {"num_samples", "epoch", "position", "window", "credit", "rng"}
+        expected = {"num_samples", "epoch", "position", "window", "credit", "rng", "draws"}
         if state.keys() != expected:
             unknown, missing = sorted(state.keys() - expected), sorted(expected - state.keys())
             raise StateError(f"not a state of this sampler: unknown fields {unknown}, missing {missing}")
@@ -178,12 +191,13 @@ class CurriculumSampler(Sampler[int]):
         self._window, self._taken = torch.as_tensor(state["window"], dtype=torch.int64).clone().numpy(), 0
         self._credit_N = torch.as_tensor(state["credit"], dtype=torch.float64).clone().numpy()
         self._rng.bit_generator.state = copy.deepcopy(state["rng"])
+        self.draws = DrawCounts(**state["draws"] | {"age_counts": state["draws"]["age_counts"].clone().numpy()})
 
     def _plan(self) -> npt.NDArray[np.int64]:
         """The ids of the window that begins at the current position, in random order."""
         began = time.perf_counter()
         view = self._scores.view()
-        age_N = age_versions(view.model_version_N, self._scores.newest_version() + self._lookahead)
+        age_N = view.ages(self._scores.newest_version() + self._lookahead)
         p_N = self.policy.weights(view.percentile_N, trust(age_N, view.bound), self.progress)
         end = next(edge for edge in self._edges if edge > self._position)
         window, self._credit_N = draw(p_N, self._credit_N, end - self._position, self._rng)
@@ -264,4 +278,4 @@ class _ReaderScores:
     def newest_version(self) -> int:
         """The newest checkpoint of the run that the store is part of; of a store alone, the newest scored version."""
         published = newest(self._reader.uri.parent)
-        return max(int(self._view.model_version_N.max()), published.model_version if published else 0)
+        return max(self._view.newest_scored(), published.model_version if published else 0)

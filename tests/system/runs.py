@@ -1,7 +1,6 @@
 """Starting `steppe run` as a user does, and looking after its processes."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -11,7 +10,7 @@ from typing import Any
 import httpx2
 import psutil
 
-from deploy.cluster import RUN_VARIABLE
+from deploy.cluster import processes_of
 from tests.waiting import wait_for
 
 STEPPE = str(Path(sys.executable).parent / "steppe")
@@ -19,11 +18,13 @@ QUICKSTART = Path(__file__).parents[2] / "deploy/configs/quickstart.toml"
 
 
 class RunningRun:
-    """`steppe run quickstart.toml` with settings, in a process group of its own."""
+    """`steppe run quickstart.toml` with settings, or other options with their dashes, in a process group of its own."""
 
     def __init__(self, folder: Path, *settings: str, cwd: Path | None = None) -> None:
         self.folder = folder
-        options = [f"--set={setting}" for setting in (f"run.folder={folder}", "rest.port=0", *settings)]
+        self.settings = settings
+        given = (f"run.folder={folder}", "rest.port=0", *settings)
+        options = [one if one.startswith("--") else f"--set={one}" for one in given]
         self.process = subprocess.Popen(
             [STEPPE, "run", str(QUICKSTART), *options, "--json"],
             stdout=subprocess.PIPE,
@@ -39,10 +40,10 @@ class RunningRun:
         def read() -> dict[str, Any] | None:
             assert self.process.poll() is None, f"the run ended early: {self.process.communicate()[1]}"
             path = self.folder / "runtime.json"
-            content: dict[str, Any] | None = json.loads(path.read_bytes()) if path.exists() else None
-            return content
+            content: dict[str, Any] = json.loads(path.read_bytes()) if path.exists() else {}
+            return content if "url" in content else None
 
-        return wait_for(read, what="runtime.json")
+        return wait_for(read, what="the address in runtime.json")
 
     def client(self) -> httpx2.Client:
         url = self.runtime()["url"]
@@ -56,7 +57,7 @@ class RunningRun:
 
     def processes(self) -> list[psutil.Process]:
         """The processes of the run's own cluster."""
-        return [process for process in psutil.process_iter() if self._is_ours(process)]
+        return processes_of(self.folder)
 
     def stop_for_good(self) -> None:
         """Whatever a failed test left of this run is ended."""
@@ -65,9 +66,3 @@ class RunningRun:
             self.process.communicate()
         for process in self.processes():
             process.kill()
-
-    def _is_ours(self, process: psutil.Process) -> bool:
-        try:
-            return process.pid != os.getpid() and process.environ().get(RUN_VARIABLE) == str(self.folder)
-        except psutil.Error:
-            return False

@@ -16,6 +16,7 @@ from deploy.fleet import Fleet
 from shared.catalogue import Run
 from shared.checkpoints import CheckpointPublisher
 from shared.datasets import load_dataset
+from shared.events import Events
 from shared.models import build_model
 from shared.score_store import ScoreReader
 from tests.waiting import wait_for
@@ -54,7 +55,7 @@ class Parts:
         scorer: Any = ray.remote(num_cpus=0.1, max_concurrency=3)(ScorerActor)  # type: ignore[call-overload]
         self.problems: list[str] = []
         start = lambda i: scorer.remote(i, uri, CONFIG, self.controller)  # noqa: E731
-        self.fleet = Fleet(self.controller, start, self.problems.append)
+        self.fleet = Fleet(self.controller, start, {"CPU": 0.1}, self.problems.append, Events(uri))
 
     def status(self) -> dict[str, Any]:
         return RemoteFleet(self.controller).status()
@@ -77,7 +78,7 @@ def test_scorers_follow_checkpoints_and_rest_tells(parts: Parts) -> None:
     """Checkpoint in, difficulty out: every sample is scored at the newest version, through real processes."""
     torch.manual_seed(0)
     model = build_model(CONFIG.model, parts.dataset)
-    url, _ = ask(parts.rest.start.remote(), 60.0)
+    url, *_ = ask(parts.rest.start.remote(), 60.0)
     client = httpx2.Client(base_url=url, trust_env=False)
     assert client.get("/readyz").status_code == 503
     assert client.get("/v1/samples/5").json()["status"] == "unscored"
@@ -103,7 +104,7 @@ def test_scorers_follow_checkpoints_and_rest_tells(parts: Parts) -> None:
 
 
 def test_scaling_through_rest_starts_and_drains_scorers(parts: Parts) -> None:
-    url, _ = ask(parts.rest.start.remote(), 60.0)
+    url, *_ = ask(parts.rest.start.remote(), 60.0)
     client = httpx2.Client(base_url=url, trust_env=False, headers={"Authorization": f"Bearer {parts.token}"})
     assert parts.fleet.first_scorer.wait(60)
     pids = {scorer["pid"] for scorer in parts.status()["scorers"]}
@@ -121,7 +122,7 @@ def test_scaling_through_rest_starts_and_drains_scorers(parts: Parts) -> None:
 
 
 def test_a_change_without_the_token_is_refused(parts: Parts) -> None:
-    url, _ = ask(parts.rest.start.remote(), 60.0)
+    url, *_ = ask(parts.rest.start.remote(), 60.0)
     answer = httpx2.patch(f"{url}/v1/scorers", json={"replicas": 3}, trust_env=False)
 
     assert answer.status_code == 401

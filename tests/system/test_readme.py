@@ -14,7 +14,9 @@ from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-RUNS_THE_TESTS = ("./deploy/local test", "./deploy/local check")  # this suite itself, and what CI runs before it
+LIVE = ("status", "top", "query", "scale", "runs")  # what a second terminal asks of a run that is up
+# This suite itself, what CI runs before it, and what the slow tier runs.
+NOT_HERE = ("./deploy/local test", "./deploy/local check", "./deploy/local steppe bench")
 
 
 def blocks(language: str) -> list[str]:
@@ -23,7 +25,7 @@ def blocks(language: str) -> list[str]:
 
 def commands() -> list[str]:
     lines = [line for block in blocks("sh") for line in block.splitlines()]
-    return [line.split("  #")[0].strip() for line in lines if not line.startswith(RUNS_THE_TESTS)]
+    return [line.split("  #")[0].strip() for line in lines if not line.startswith(NOT_HERE)]
 
 
 def shell(command: str) -> str:
@@ -55,8 +57,8 @@ def test_commands_of_the_readme() -> None:
     try:
         ready = "curl -sf localhost:7471/readyz"
         wait_for(lambda: subprocess.run(ready.split(), capture_output=True, check=False).returncode == 0, 120, "scores")
-        later = [command for command in others if command.startswith("./deploy/local run") or command.endswith("down")]
-        answers = {command: shell(command) for command in others if command not in later}
+        live = [command for command in others if command.startswith("curl") or command.split()[2] in LIVE]
+        answers = {command: shell(command) for command in live}
         out, err = process.communicate(timeout=200)
 
         assert process.returncode == 0, err
@@ -65,9 +67,12 @@ def test_commands_of_the_readme() -> None:
         check_summary(json.loads((run / "summary.json").read_text()))
         for code in blocks("python"):
             subprocess.run([sys.executable, "-c", code.replace("NAME", run.name)], check=True, cwd=ROOT, timeout=60)
-        assert "was not up" in shell(next(command for command in later if command.endswith("down")))
-        other_run = json.loads(shell(next(command for command in later if not command.endswith("down"))))
-        assert other_run["steps"] == 5 * 23
+        down, other_run, plan, doctor, settings = (shell(command) for command in others if command not in live)
+        assert "was not up" in down
+        assert json.loads(other_run)["steps"] == 5 * 23
+        assert "full scoring pass" in plan
+        assert "REST port" in doctor
+        assert "[train.sam]" in settings
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -79,7 +84,7 @@ def test_commands_of_the_readme() -> None:
 def check_answers(answers: dict[str, str]) -> None:
     """Each example gave what the text around it says."""
     curls = {command: json.loads(answer) for command, answer in answers.items() if command.startswith("curl")}
-    assert len(curls) == 7
+    assert len(curls) == 8
     by_path = {command.split("localhost:7471")[1].split()[0]: answer for command, answer in curls.items()}
     assert by_path["/v1/samples/7"]["sample_id"] == 7
     assert 0 < by_path["/v1/stats"]["coverage"] <= 1
@@ -88,8 +93,12 @@ def check_answers(answers: dict[str, str]) -> None:
     assert by_path["/v1/checkpoints"]["checkpoints"][0]["model_version"] >= 1
     assert by_path["/readyz"] == {"status": "ok"}
     assert [answer["wanted"] for command, answer in curls.items() if "PATCH" in command] == [2]
-    status, query, scale = (answers[command] for command in answers if command.startswith("./deploy/local steppe"))
+    status, top, query, scale, runs = (
+        answers[command] for command in answers if command.startswith("./deploy/local steppe")
+    )
     assert "coverage" in status
+    assert "published" in top
+    assert "running" in runs
     assert "159" in query
     assert "2 scorers wanted" in scale
 
@@ -105,5 +114,6 @@ def check_summary(summary: dict[str, float]) -> None:
     expected = """test_accuracy seconds steps model_versions_published model_versions_scored scored_rows coverage
         age_versions_p50 age_versions_p95 draws_fresh draws_stale draws_unscored staleness_bound
         scorer_samples_per_second trainer_seconds_in_publish trainer_seconds_in_sampler trainer_seconds_total
-        quarantined_rows run_folder"""
+        quarantined_rows run_folder attempts scoring_mode seconds_to_first_score_p50 seconds_to_first_score_p95
+        trainer_seconds_in_save trainer_seconds_in_scoring checkpoints_failed reports"""
     assert set(expected.split()) == set(summary)

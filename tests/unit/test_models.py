@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
+from pydantic import ValidationError
 
 from shared.config import ModelConfig
 from shared.datasets import Dataset, Images
-from shared.errors import ConfigError
 from shared.models import Normalize, build_model
 
 NAMES = ["small_cnn", "resnet18"]
@@ -78,8 +78,8 @@ def test_small_cnn_width_is_that_of_its_first_layer(dataset: Dataset, width: int
 
 
 def test_resnet18_has_one_width_and_a_stem_that_keeps_small_images_whole(dataset: Dataset) -> None:
-    with pytest.raises(ConfigError, match=r"model\.width is 32; resnet18 always has 64"):
-        build_model(ModelConfig(name="resnet18", width=32), dataset)
+    with pytest.raises(ValidationError, match=r"model\.width is 32, but resnet18 always has 64"):
+        ModelConfig(name="resnet18", width=32)
     resnet = build_model(ModelConfig(name="resnet18", width=64), dataset)[1]
     seen: list[torch.Tensor] = []
     resnet.layer1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

@@ -191,6 +191,10 @@ def test_stats(filled):
         "newest_model_version": 6,
         "newest_step": 60,
         "model_versions_scored": 2,
+        "quarantined_rows": 0,
+        "reports": {},
+        "attempts": 0,
+        "training": None,
     } == stats
     assert committed > SCORED_AT.isoformat()
 

@@ -1,85 +1,41 @@
 """The worker with real checkpoints and the real controller, without Ray."""
 
-import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import pytest
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import scorer.worker
 from scorer.adm import score_batch
 from scorer.attacks import Attack, Fgsm, Pgd
 from scorer.config import AttackConfig
 from scorer.worker import Worker, build_attack
-from services.config import ControllerConfig
 from services.controller import Controller
-from shared.checkpoints import CheckpointPublisher, newest
+from shared.checkpoints import CheckpointPublisher
 from shared.errors import ServiceError, StateError
-from shared.leases import Lease
 from shared.schema import MEASURED_COLUMNS
 from shared.score_store import ScoreReader
+from tests.scorers import (
+    SAMPLES,
+    LocalLeases,
+    X,
+    Y,
+    batches,
+    make_worker,
+    net_of,
+    open_controller,
+    publish,
+    running,
+    spoil,
+    wait_for_version,
+)
 from tests.waiting import wait_for
-
-SAMPLES = 40
-X = torch.rand(SAMPLES, 5, generator=torch.Generator().manual_seed(0))
-Y = torch.arange(SAMPLES) % 3
-
-
-def batches(ids: npt.ArrayLike) -> tuple[Tensor, Tensor]:
-    index = torch.from_numpy(np.array(ids))
-    return X[index], Y[index]
-
-
-def net_of(seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    return nn.Linear(5, 3)
-
-
-class LocalLeases:
-    """The controller in this process, whose answers come as futures; keeps a list of what was asked.
-
-    `trouble` may answer instead: it gets the name of the call and gives a future or None.
-    """
-
-    def __init__(self, controller: Controller, trouble: Callable[[str], Future[Any] | None] | None = None) -> None:
-        self.controller = controller
-        self.trouble = trouble or (lambda _: None)
-        self.asked: list[str] = []
-        self.refused = 0
-
-    def lease(self, scorer_id: str, model_version: int) -> "Future[Lease | None]":
-        return self._call("lease", scorer_id, model_version)
-
-    def submit(self, scorer_id: str, lease_id: int, rows: pa.Table) -> "Future[None]":
-        return self._call("submit", scorer_id, lease_id, rows)
-
-    def release(self, scorer_id: str) -> "Future[None]":
-        return self._call("release", scorer_id)
-
-    def _call(self, name: str, *args: Any) -> Future[Any]:
-        self.asked.append(name)
-        if (instead := self.trouble(name)) is not None:
-            return instead
-        answer: Future[Any] = Future()
-        try:
-            answer.set_result(getattr(self.controller, name)(*args))
-        except ServiceError as error:
-            answer.set_exception(error)
-        else:
-            self.refused += name == "lease" and answer.result() is None
-        return answer
-
-
-def open_controller(run: Path, **settings: Any) -> Controller:
-    return Controller(str(run), SAMPLES, "id", ControllerConfig(block_size=8, commit_interval_s=0.01, **settings))
 
 
 @pytest.fixture
@@ -93,49 +49,6 @@ def controller(tmp_path: Path) -> Iterator[Controller]:
 def publisher(tmp_path: Path) -> Iterator[CheckpointPublisher]:
     with CheckpointPublisher(tmp_path) as publisher:
         yield publisher
-
-
-def publish(publisher: CheckpointPublisher, seed: int, step: int) -> int:
-    version = publisher.publish(net_of(seed), step)
-    publisher.flush()
-    return version
-
-
-def make_worker(run: Path, leases: LocalLeases, kind: type[Worker] = Worker, **settings: Any) -> Worker:
-    settings = {"batches": batches, "batch_size": 3, "poll_interval_s": 0.005} | settings
-    return kind("a", str(run), leases, model=net_of(99), attack=Fgsm(0.1), **settings)
-
-
-@contextmanager
-def running(worker: Worker) -> Iterator[None]:
-    thread = threading.Thread(target=worker.run)
-    thread.start()
-    try:
-        yield
-    finally:
-        worker.stop()
-        thread.join(60)
-    assert not thread.is_alive()
-
-
-def wait_for_version(run: Path, version: int) -> None:
-    reader = ScoreReader(run / "scores")
-
-    def everything_scored() -> bool:
-        reader.refresh()
-        return bool((reader.dense("model_version") == version).all())
-
-    wait_for(everything_scored, what=f"coverage 1.0 at version {version}")
-
-
-def spoil(run: Path, how: str) -> None:
-    """Damage the newest checkpoint's weights."""
-    path = newest(run).path / "weights.safetensors"
-    data = path.read_bytes()
-    if how == "gone":
-        path.unlink()
-    else:
-        path.write_bytes(data[:-4] if how == "truncated" else data[:-1] + bytes([data[-1] ^ 1]))
 
 
 class ThreeLooks(Worker):
@@ -159,7 +72,7 @@ def test_no_lease_is_taken_before_verified_weights(tmp_path, controller, publish
     worker = make_worker(tmp_path, leases, ThreeLooks)
 
     assert worker.run() == 0
-    assert leases.asked == ["release"]
+    assert leases.asked == ["report"] * spoilt + ["release"]
     assert worker.model_version == 0
     assert spoilt == worker.corrupt_checkpoints
 
@@ -226,24 +139,6 @@ def test_a_corrupt_newest_checkpoint_is_skipped_and_counted(tmp_path, controller
     assert (worker.model_version, worker.corrupt_checkpoints) == (3, 1)
 
 
-def test_weights_at_hand_are_kept_when_a_newer_checkpoint_is_corrupt(tmp_path, controller, publisher):
-    worker = make_worker(tmp_path, LocalLeases(controller))
-    publish(publisher, seed=1, step=10)
-    worker.follow_checkpoints()
-    publish(publisher, seed=2, step=20)
-    spoil(tmp_path, "altered")
-    for _ in range(3):
-        worker.follow_checkpoints()
-    rows = worker.score(np.array([7, 2]))
-
-    assert rows.column("sample_id").to_pylist() == [7, 2]
-    assert rows.column("model_version").to_pylist() == [1, 1]
-    assert rows.column("step").to_pylist() == [10, 10]
-    assert worker.corrupt_checkpoints == 1
-    expected = score_batch(net_of(1), X[[7, 2]], Y[[7, 2]], Fgsm(0.1))["margin"]
-    np.testing.assert_allclose(rows.column("margin").to_numpy(), expected.numpy(), rtol=1e-5)
-
-
 def test_stop_ends_the_block_at_hand_and_hands_back_all_leases(tmp_path, controller, publisher):
     """Both the block at hand and the one asked for ahead."""
     publish(publisher, seed=1, step=10)
@@ -295,16 +190,18 @@ def test_the_worker_outlives_a_controller_that_fails(tmp_path, publisher, monkey
     assert controller.status()["leases_expired"] > 0
 
 
-def test_a_controller_that_does_not_answer_at_the_end_does_not_hold_up_stop(
-    tmp_path, controller, publisher, monkeypatch
-):
-    monkeypatch.setattr(scorer.worker, "REPLY_TIMEOUT_S", 0.02)
+@pytest.mark.parametrize("silent", [("lease",), ("submit",), ("lease", "submit", "release")], ids=" ".join)
+def test_a_controller_that_does_not_answer_does_not_hold_up_stop(tmp_path, controller, publisher, silent):
+    """A second for the last words, and no part of the ten seconds for an answer."""
     publish(publisher, seed=1, step=10)
-    leases = LocalLeases(controller, lambda _: Future())
+    leases = LocalLeases(controller, lambda name: Future() if name in silent else None)
     with running(make_worker(tmp_path, leases)):
-        wait_for(lambda: "lease" in leases.asked, what="a request")
+        wait_for(lambda: silent[0] in leases.asked, what="a request")
+        began = time.monotonic()
+    elapsed_s = time.monotonic() - began
 
     assert leases.asked[-1] == "release"
+    assert elapsed_s < (3.0 if "release" in silent else 1.0)
 
 
 @pytest.mark.parametrize(

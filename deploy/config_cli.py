@@ -1,0 +1,82 @@
+"""The commands about configurations: what one resolves to, whether it is right, and a first one to change."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shared.errors import ConfigError, DatasetMissing, SteppeError
+
+app = typer.Typer(
+    name="config",
+    help="Show, check and start configurations.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+TEMPLATES = Path(__file__).parent / "configs"
+
+ConfigFile = Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML file.")]
+Settings = Annotated[list[str], typer.Option("--set", help="Override: section.key=value. May be repeated.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
+
+
+@app.command()
+def show(config: ConfigFile, settings: Settings = [], as_json: AsJson = False) -> None:  # noqa: B006
+    """The configuration with every default, as TOML that can be read again; settings without a value are left out."""
+    import tomli_w
+
+    from deploy.config import RunConfig
+    from shared.config import read_config
+
+    resolved = read_config(RunConfig, config, settings)
+    if as_json:
+        typer.echo(json.dumps(resolved.model_dump(mode="json"), indent=1))
+    else:
+        typer.echo(tomli_w.dumps(resolved.model_dump(mode="json", exclude_none=True)), nl=False)
+
+
+@app.command()
+def validate(config: ConfigFile, settings: Settings = []) -> None:  # noqa: B006
+    """Whether a run could be made of it: keys and values, the data set, and what of the training must fit it."""
+    from deploy.config import RunConfig
+    from deploy.plan import local_dataset, untrainable
+    from shared.config import read_config
+
+    resolved = read_config(RunConfig, config, settings)
+    errors = []
+    try:
+        errors += untrainable(resolved, len(local_dataset(resolved.data).train))
+    except DatasetMissing as error:
+        if resolved.data.download:
+            typer.echo(f"{error}; what must fit the data was not checked", err=True)
+        else:
+            errors.append(str(error))
+    except SteppeError as error:
+        errors.append(str(error))
+    if errors:
+        raise ConfigError("\n".join([f"{config} is not valid", *errors]))
+    typer.echo(f"{config} is valid")
+
+
+@app.command()
+def init(
+    path: Annotated[str, typer.Argument(metavar="[PATH]", help="The new file.")] = "./steppe.toml",
+    template: Annotated[str, typer.Option("--template", help="Which shipped configuration.")] = "quickstart",
+) -> None:
+    """Copy a shipped configuration to PATH, to be changed there."""
+    known = {file.stem: file for file in sorted(TEMPLATES.glob("*.toml"))}
+    if template not in known:
+        raise ConfigError(f"no template {template!r}; known: {', '.join(known)}")
+    content = known[template].read_bytes()
+    try:
+        with open(path, "xb") as file:
+            file.write(content)
+    except FileExistsError:
+        raise ConfigError(f"{path} is there already; name another file, or remove it first") from None
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {path}: {error.strerror}; name a file in a folder that you may write to"
+        ) from error
+    typer.echo(f"wrote {path}; start it with: steppe run {path}")

@@ -1,0 +1,118 @@
+"""Which run `--resume` goes on with, and whether the settings allow it."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deploy.cluster import end_processes, remove_ray_folder
+from deploy.config import RunConfig
+from shared.attempts import attempts
+from shared.catalogue import Run, RunState, all_runs
+from shared.config import make_config, read_config
+from shared.datasets import Dataset
+from shared.errors import ConfigError, RunError
+
+MAY_CHANGE = (  # they do not decide what is trained
+    "run.",
+    "rest.",
+    "controller.",
+    "data.root",
+    "data.download",
+    "train.device",
+    "train.threads",
+    "train.startup_wait_s",
+    "train.keep_checkpoints",
+    "train.save_every_steps",
+    "train.save_interval_s",
+    "scoring.replicas",
+    "scoring.cpus",
+    "scoring.gpus",
+    "scoring.threads",
+    "scoring.batch_size",
+    "scoring.poll_interval_s",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Resumable:
+    """A run that is not finished, and the settings to go on with."""
+
+    run: Run
+    config: RunConfig
+
+
+def find_resumable(path: str, settings: Sequence[str] = ()) -> Resumable:
+    """What to resume for `path`: a run folder; or a configuration file, whose `run.folder`, or newest run, is meant.
+
+    Raises RunError when there is none, when it is finished or still runs; ConfigError when the settings differ.
+    """
+    if Path(path).is_dir():
+        run = Run(path)
+        config = make_config(RunConfig, _known_settings(run), settings)
+    else:
+        config = read_config(RunConfig, path, settings)
+        run = Run(config.run.folder) if config.run.folder else _newest_unfinished(config.run.root)
+    state = run.state()
+    if state == RunState.RUNNING:
+        raise RunError(f"{run.path} is running; stop it first: steppe down {run.path}")
+    if state == RunState.FINISHED or (run.path / "summary.json").exists():
+        raise RunError(f"{run.path} is finished, its results are in summary.json; start a new run")
+    _check_settings(config, Run(run.path).description["config"], run)
+    return Resumable(run, config)
+
+
+def check_fits(run: Run, config: RunConfig, dataset: Dataset) -> None:
+    """Raises RunError when the data are others, or the scores would not be comparable."""
+    run.check_dataset(dataset.fingerprint)
+    attempts(run.path)  # raises for a damaged one
+    if (found := run.description["scoring_id"]) != config.scoring.scoring_id:
+        raise RunError(
+            f"{run.path} holds scores with scoring_id {found}, these settings make {config.scoring.scoring_id}: the "
+            "attack is another; resume with the same, or start a new run"
+        )
+
+
+def clear_leftovers(run: Run) -> int:
+    """End what a killed driver left behind; returns how many processes that were."""
+    runtime = run.runtime() or {}
+    left = end_processes(run.path)
+    remove_ray_folder(runtime.get("ray_folder"))
+    return left
+
+
+def _known_settings(run: Run) -> dict[str, Any]:
+    """Those that the run was started with. Raises RunError when this steppe does not understand them."""
+    settings: dict[str, Any] = run.description["config"]
+    try:
+        make_config(RunConfig, settings)
+    except ConfigError as error:
+        raise RunError(
+            f"{run.path / 'run.json'} is of another version of steppe; resume with that version:\n{error}"
+        ) from error
+    return settings
+
+
+def _newest_unfinished(root: str) -> Run:
+    for run in reversed(all_runs(root)):
+        if run.state() != RunState.RUNNING and not (run.path / "summary.json").exists():
+            return run
+    raise RunError(f"no unfinished run in {Path(root).absolute()}; name its folder: steppe run FOLDER --resume")
+
+
+def _check_settings(config: RunConfig, started_with: dict[str, Any], run: Run) -> None:
+    _known_settings(run)
+    now, then = _flat(config.model_dump(mode="json")), _flat(started_with)
+    for key in sorted(now.keys() | then.keys()):
+        if now.get(key) != then.get(key) and not key.startswith(MAY_CHANGE):
+            raise ConfigError(
+                f"{key} is {now.get(key)!r}, but {run.path} was started with {then.get(key)!r}; "
+                "resume with the same, or start a new run"
+            )
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat

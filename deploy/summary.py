@@ -1,0 +1,74 @@
+"""What came of a run: the content of its summary.json."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shared.attempts import attempts
+from shared.catalogue import Run
+from shared.events import read_events
+from shared.freshness import staleness_bound
+from shared.score_store import ScoreReader
+
+if TYPE_CHECKING:
+    from deploy.scoring import Scoring
+    from shared.checkpoints import CheckpointPublisher
+    from trainer.loop import TrainResult
+
+
+def summarise(
+    run: Run, result: "TrainResult", publisher: "CheckpointPublisher", scoring: "Scoring", mode: str
+) -> dict[str, Any]:
+    """Shares are of all draws; ages are those of the draws, in versions; seconds are those of the last attempt."""
+    reader = ScoreReader(run.scores_uri)
+    draws = result.sampler.draws
+    version_N = reader.dense("model_version")
+    latency_50, latency_95 = first_score_latency(publisher.published_at, scoring.first_seen)
+    return {
+        "test_accuracy": result.test_accuracy,
+        "steps": result.steps,
+        "attempts": len(attempts(run.path)),
+        "scoring_mode": mode,
+        "model_versions_published": sum(event["event"] == "published" for event in read_events(run.path)),
+        "model_versions_scored": int(reader.metadata.get("model_versions_scored", 0)),
+        "scored_rows": reader.rows,
+        "coverage": float((version_N >= 0).mean()),
+        "age_versions_p50": draws.age_quantile(0.5),
+        "age_versions_p95": draws.age_quantile(0.95),
+        "draws_fresh": draws.fresh / max(draws.total, 1),
+        "draws_stale": draws.stale / max(draws.total, 1),
+        "draws_unscored": draws.unscored / max(draws.total, 1),
+        "staleness_bound": staleness_bound(reader.metadata),
+        "seconds_to_first_score_p50": latency_50,
+        "seconds_to_first_score_p95": latency_95,
+        "scorer_samples_per_second": scoring.status().get("samples_per_second_mean"),
+        "trainer_seconds_in_publish": round(result.seconds_in_publish, 6),
+        "trainer_seconds_in_sampler": round(result.seconds_in_sampler, 6),
+        "trainer_seconds_in_save": round(result.seconds_in_save, 6),
+        "trainer_seconds_in_scoring": round(result.seconds_in_scoring, 6),
+        "trainer_seconds_total": round(result.seconds, 6),
+        "quarantined_rows": int(reader.metadata.get("quarantined_rows", 0)),
+        "checkpoints_failed": publisher.failed,
+        "reports": dict(reader.metadata.get("reports", {})),
+        "run_folder": str(run.path),
+    }
+
+
+def first_score_latency(
+    published_at: Mapping[int, float], first_seen: Mapping[int, float]
+) -> tuple[float | None, float | None]:
+    """Median and 95th percentile of the seconds from `publish` to the first score that the sampler could see.
+
+    A version that scorers jumped over counts until the next one that they scored; those that no score followed any
+    more, at the end of the training, do not count. (None, None) when nothing was scored.
+    """
+    latencies = []
+    for version, published in published_at.items():
+        seen = [at for newest, at in first_seen.items() if newest >= version]
+        if seen:
+            latencies.append(min(seen) - published)
+    if not latencies:
+        return None, None
+    middle, high = np.quantile(latencies, (0.5, 0.95))
+    return round(float(middle), 3), round(float(high), 3)
