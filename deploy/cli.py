@@ -105,7 +105,7 @@ def scale(
         typer.echo(f"{answer['wanted']} scorers wanted, {answer['alive']} alive")
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True})
 def query(
     ids: Annotated[list[int], typer.Argument(help="Sample ids.")],
     measure: Annotated[str, typer.Option(help="adm, loss, margin, grad_norm or el2n.")] = "adm",

@@ -205,21 +205,12 @@ def trainer_rate(
     import torch
     from torch import nn
 
-    from trainer.sam import SAM, sam_step
+    from trainer.loop import build_optimizer
+    from trainer.sam import sam_step
 
     torch.set_num_threads(threads)
-    train = config.train
-    batches = _Batches(dataset, train.batch_size, device)
-    model.to(device).train()
-    optimizer = SAM(
-        model.parameters(),
-        torch.optim.SGD,
-        rho=train.sam.rho,
-        adaptive=train.sam.adaptive,
-        lr=train.learning_rate,
-        momentum=train.momentum,
-        weight_decay=train.weight_decay,
-    )
+    batches = _Batches(dataset, config.train.batch_size, device)
+    optimizer = build_optimizer(config.train, model.to(device).train())
     loss_fn = nn.CrossEntropyLoss()
     return 1 / _median_seconds(lambda: sam_step(model, optimizer, loss_fn, *batches.next()), device)
 

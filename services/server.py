@@ -56,7 +56,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 def _reason_and_fix(error: OSError) -> str:
     here = "set rest.host to an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them"
-    if isinstance(error, socket.gaierror):
+    if isinstance(error.__context__ or error, socket.gaierror):  # create_server wraps it
         return f"the name is not known; {here}"
     if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
         return f"this machine does not have that address; {here}"

@@ -118,7 +118,12 @@ def _explain(kind: type[BaseModel], item: Any) -> str:
     if isinstance(given, dict):
         return f"{key} is a value, not a section; {key}.{next(iter(given), '...')} cannot be set"
     words = _WORDS.get(item["type"])
-    return f"{key} = {given!r}: " + (words.format(**item.get("ctx", {})) if words else item["msg"])
+    return f"{key} = {given!r}: " + (words.format(**_plain(item.get("ctx", {}))) if words else item["msg"])
+
+
+def _plain(limits: dict[str, Any]) -> dict[str, Any]:
+    """Limits as people write them: 0 and not 0.0."""
+    return {key: f"{value:g}" if isinstance(value, float) else value for key, value in limits.items()}
 
 
 _WORDS = {  # pydantic's kinds of findings as people say them

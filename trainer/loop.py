@@ -130,13 +130,13 @@ def train(
             if stopped():
                 break
         if sampler.epoch > epoch and not stopped():
-            training.evaluate()
-            on_progress(training.progress(epoch, evaluated=True))
+            training.evaluate(stopped)
+            on_progress(training.progress(epoch, evaluated=not stopped()))
             if time.perf_counter() - last_save >= config.save_interval_s:
                 save()
     if saver is not None:
         saver.close(training.state())
-    training.finish(evaluate=not stopped())
+    training.finish(stopped)
     on_progress(training.progress(sampler.epoch if sampler.position else max(sampler.epoch - 1, 0)))
     return TrainResult(
         steps=training.step,
@@ -180,7 +180,7 @@ class _Training:
         self._dataset = dataset
         self._publisher = publisher
         self._epoch_scorer = epoch_scorer
-        self._optimizer = _build_optimizer(config, model)
+        self._optimizer = build_optimizer(config, model)
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, T_max=self.steps)
         self._loss_fn = nn.CrossEntropyLoss()
         self._losses: list[torch.Tensor] = []  # since the last news
@@ -209,16 +209,17 @@ class _Training:
                 )
         return Progress(self.step, self.steps, epoch, self._loss, self.accuracy, evaluated)
 
-    def evaluate(self) -> None:
-        self.accuracy = evaluate(self.model, self._dataset.test, self.device)
-        self._evaluated_step = self.step
+    def evaluate(self, stopped: Callable[[], bool]) -> None:
+        accuracy = evaluate(self.model, self._dataset.test, self.device, stopped)
+        if accuracy is not None:
+            self.accuracy, self._evaluated_step = accuracy, self.step
 
-    def finish(self, *, evaluate: bool) -> None:
-        """The last checkpoint and, when asked for, the last accuracy, where they are not there already."""
+    def finish(self, stopped: Callable[[], bool]) -> None:
+        """The last checkpoint and, unless stopped, the last accuracy, where they are not there already."""
         if self.step != self._published_step:
             self._publish()
-        if evaluate and self._evaluated_step != self.step:
-            self.evaluate()
+        if self._evaluated_step != self.step:
+            self.evaluate(stopped)
 
     def state(self) -> SavedState:
         return SavedState(self.step, self._publisher.newest_version, self.state_dict())
@@ -264,11 +265,16 @@ class _Training:
 
 
 @torch.no_grad()
-def evaluate(model: nn.Module, images: Images, device: torch.device) -> float:
-    """Accuracy on `images`, in eval mode; the model is in train mode afterwards."""
+def evaluate(
+    model: nn.Module, images: Images, device: torch.device, stopped: Callable[[], bool] = lambda: False
+) -> float | None:
+    """Accuracy on `images`, in eval mode; None when `stopped` on the way. The model is in train mode afterwards."""
     model.eval()
     right = 0
     for start in range(0, len(images), EVALUATION_BATCH):
+        if stopped():
+            model.train()
+            return None
         x_BCHW, y_B = images.batch(np.arange(start, min(start + EVALUATION_BATCH, len(images))))
         right += int((model(x_BCHW.to(device)).argmax(1).cpu() == y_B).sum())
     model.train()
@@ -306,7 +312,8 @@ def _build_sampler(
     )
 
 
-def _build_optimizer(config: TrainConfig, model: nn.Module) -> SAM:
+def build_optimizer(config: TrainConfig, model: nn.Module) -> SAM:
+    """SAM over SGD with momentum, as `config` says."""
     return SAM(
         model.parameters(),
         torch.optim.SGD,

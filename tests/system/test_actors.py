@@ -121,6 +121,25 @@ def test_scaling_through_rest_starts_and_drains_scorers(parts: Parts) -> None:
     wait_for(lambda: not any(map(psutil.pid_exists, pids)), what="the drained processes gone")
 
 
+def test_scorers_that_cannot_be_placed_are_reported_with_what_is_missing(
+    parts: Parts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The cluster has 4 CPUs, and nobody waits: the controller's other scorer goes on."""
+    monkeypatch.setattr("deploy.fleet.LONGEST_START_S", 0.5)
+    hungry: Any = ray.remote(num_cpus=100, max_concurrency=3)(ScorerActor)  # type: ignore[call-overload]
+    problems: list[str] = []
+    events = Events(parts.run.path)
+    start = lambda i: hungry.remote(i, str(parts.run.path), CONFIG, parts.controller)  # noqa: E731
+    fleet = Fleet(parts.controller, start, {"CPU": 100.0, "GPU": 0.0}, problems.append, events)
+    wait_for(lambda: problems, 30, "the report")
+    lacking = fleet.lacking()
+    fleet.stop()
+
+    assert lacking == "100 CPU (there are 4)"
+    assert problems == [problems[0]]
+    assert problems[0].startswith("1 scorers wait to be placed or to start; one needs 100 CPU (")
+
+
 def test_a_change_without_the_token_is_refused(parts: Parts) -> None:
     url, *_ = ask(parts.rest.start.remote(), 60.0)
     answer = httpx2.patch(f"{url}/v1/scorers", json={"replicas": 3}, trust_env=False)

@@ -11,6 +11,7 @@ from typing import Any
 import httpx2
 import psutil
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from deploy.interrupts import ONE_KEYSTROKE_S
 from shared.catalogue import Run, RunState
@@ -174,7 +175,14 @@ def test_shadow_mode_scores_and_trains_uniformly(start: Any) -> None:
     """Every sample is drawn once an epoch; scores are there all the same. A strange RAY_ADDRESS is not followed."""
     os.environ["RAY_ADDRESS"] = "127.0.0.1:1"
     try:
-        run = start("run", "scoring.mode=shadow", "train.epochs=20", "model.width=16", "train.curriculum.strength=100")
+        run = start(
+            "run",
+            "scoring.mode=shadow",
+            "run.tensorboard=true",
+            "train.epochs=20",
+            "model.width=16",
+            "train.curriculum.strength=100",
+        )
         code, out, err = run.finish(120)
     finally:
         del os.environ["RAY_ADDRESS"]
@@ -183,4 +191,12 @@ def test_shadow_mode_scores_and_trains_uniformly(start: Any) -> None:
     summary = json.loads(out)
     assert summary["coverage"] == 1.0
     assert summary["draws_fresh"] > 0
+    assert {file.stem for file in (run.folder / "logs").iterdir()} == {"driver", "controller", "rest", "scorer-1"}
+    assert all(file.stat().st_size for file in (run.folder / "logs").iterdir())
+    curves = EventAccumulator(str(run.folder / "tensorboard")).Reload()
+    assert {"train/loss", "test/accuracy", "scores/fresh_share"} <= set(curves.Tags()["scalars"])
+    happened = [event["event"] for event in read_events(run.folder)]
+    assert happened[0] == "started"
+    assert happened[-1] == "finished"
+    assert {"published", "committed", "scorer_up", "scorer_down", "rest_up", "epoch"} <= set(happened)
     assert summary["test_accuracy"] > 0.95  # at this strength the curriculum would starve all but a few samples

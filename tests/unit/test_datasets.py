@@ -199,3 +199,16 @@ def test_the_real_fashion_mnist() -> None:
     assert np.bincount(dataset.train.label_N).tolist() == [6000] * 10
     assert np.bincount(dataset.test.label_N).tolist() == [1000] * 10
     assert (mean, std) == (pytest.approx([0.2860], abs=1e-4), pytest.approx([0.3530], abs=1e-4))
+
+
+@pytest.mark.parametrize("error", [OSError(113, "No route to host"), RuntimeError("Error downloading the file")])
+def test_images_that_cannot_be_fetched_are_told_with_another_way(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr("torchvision.datasets.FashionMNIST", fail)
+
+    with pytest.raises(DatasetMissing, match=rf"cannot be fetched to {tmp_path}: .*; check the network .*data\.root"):
+        load_dataset(DataConfig(name="fashion_mnist", root=str(tmp_path), download=True))

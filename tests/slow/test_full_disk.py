@@ -1,0 +1,67 @@
+"""A disk that is full in mid-run, and has room again later: training goes on, what failed is said and counted."""
+
+import contextlib
+import json
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from shared.events import read_events
+from shared.score_store import ScoreReader
+from tests.system.runs import RunningRun
+from tests.waiting import wait_for
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of 16 MiB of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=16m", "tmpfs", str(place)]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("this user may not mount a small disk")
+    yield place
+    subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
+def fill(disk: Path) -> Path:
+    """A file that takes all the room there is."""
+    filler = disk / "filler"
+    with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)) == 4096:
+            pass
+    return filler
+
+
+def test_a_full_disk_stops_nobody(small_disk: Path) -> None:
+    run = RunningRun(small_disk / "run", "train.epochs=150", "model.width=16", "train.save_every_steps=20")
+    try:
+        client = run.client()
+        wait_for(lambda: client.get("/v1/stats").json()["coverage"] == 1.0, 120, "full coverage")
+        filler = fill(small_disk)
+        reader = ScoreReader(run.folder / "scores")
+        rows, newest = reader.rows, reader.dense("model_version")
+        wait_for(lambda: client.get("/v1/stats").json()["trouble"], 60, "the controller's trouble told")
+        assert "No space left" in client.get("/v1/scorers").json()["trouble"]
+        step = client.get("/v1/stats").json()["newest_step"]
+        assert run.process.poll() is None
+
+        filler.unlink()
+        wait_for(lambda: client.get("/v1/stats").json()["newest_step"] > step, 60, "checkpoints again")
+        wait_for(lambda: reader.refresh() and reader.rows > rows, 60, "commits again")
+        wait_for(lambda: not client.get("/v1/stats").json()["trouble"], 60, "no trouble any more")
+        code, out, err = run.finish()
+    finally:
+        run.stop_for_good()
+
+    assert code == 0, err
+    assert "Traceback" not in err
+    summary = json.loads(out)
+    assert (summary["coverage"], summary["steps"]) == (1.0, 150 * 23)
+    assert (ScoreReader(run.folder / "scores").dense("model_version") >= newest).all()
+    failed = {event["event"] for event in read_events(run.folder) if event["event"].endswith("_failed")}
+    assert summary["checkpoints_failed"] > 0 or "commit_failed" in failed  # what the full diary could still take
