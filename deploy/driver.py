@@ -74,11 +74,7 @@ def run(config: RunConfig, resumed: Run | None = None) -> dict[str, Any]:
         interrupts() as interrupted,
         _Session(config, opened, dataset, interrupted, is_resumed=resumed is not None) as session,
     ):
-        summary = session.train()
-    summary["seconds"] = round(time.perf_counter() - began, 3)
-    opened.write("summary.json", summary)
-    Events(opened.path).append("finished", step=summary["steps"], test_accuracy=summary["test_accuracy"])
-    return summary
+        return session.train(began)
 
 
 class _Session:
@@ -118,15 +114,19 @@ class _Session:
             self._events.append("diverged", attempt=self._attempt.attempt, reason=str(error))
         self._stack.close()
 
-    def train(self) -> dict[str, Any]:
-        """The summary of the whole run."""
+    def train(self, began: float) -> dict[str, Any]:
+        """The summary of the whole run, which `began` so long ago (time.perf_counter); it is written, too."""
         with open_scoring(
             self._config, self._run, self._dataset, self._publisher, self._runtime, self._say, self._interrupted.came
         ) as scoring:
             result = self._train(scoring)
             self._news.pause()
             self._close_publisher()
-        return summarise(self._run, result, self._publisher, scoring, self._config.scoring.mode)
+        summary = summarise(self._run, result, self._publisher, scoring, self._config.scoring.mode)
+        summary["seconds"] = round(time.perf_counter() - began, 3)
+        self._run.write("summary.json", summary)
+        self._events.append("finished", step=summary["steps"], test_accuracy=summary["test_accuracy"])
+        return summary
 
     def _train(self, scoring: Scoring) -> "TrainResult":
         from trainer.loop import train

@@ -97,33 +97,20 @@ def train(
 
     Raises: TrainingDiverged when the loss is not finite, ConfigError for settings that cannot work.
     """
-    training = _Training(config, model, dataset, publisher, scores, epoch_scorer)
+    training = _Training(config, model, dataset, publisher, scores, epoch_scorer, saver)
     if resumed is not None:
         training.load_state_dict(resumed.content)
-    sampler, began = training.sampler, time.perf_counter()
-    seconds_in_save = seconds_in_scoring = 0.0
+    sampler = training.sampler
     batches = BatchSampler(sampler, config.batch_size, drop_last=False)
-    last_news = last_save = began
-
-    def save() -> None:
-        nonlocal seconds_in_save, last_save
-        if saver is not None:
-            last_save = time.perf_counter()
-            saver.save(training.state())
-            seconds_in_save += time.perf_counter() - last_save
-
+    began = last_news = time.perf_counter()
     while sampler.epoch < config.epochs and not stopped():
         epoch = sampler.epoch
-        if epoch_scorer is not None and epoch > 0 and sampler.position == 0:
-            scoring_began = time.perf_counter()
-            epoch_scorer.rescore(model, training.step)
-            seconds_in_scoring += time.perf_counter() - scoring_began
+        if epoch > 0 and sampler.position == 0:
+            training.rescore()
             if stopped():
                 break  # perhaps in the middle of it
         for ids in batches:
             training.advance(ids)
-            if config.save_every_steps and training.step % config.save_every_steps == 0:
-                save()
             if time.perf_counter() - last_news > NEWS_INTERVAL_S:
                 last_news = time.perf_counter()
                 on_progress(training.progress(epoch))
@@ -132,8 +119,7 @@ def train(
         if sampler.epoch > epoch and not stopped():
             training.evaluate(stopped)
             on_progress(training.progress(epoch, evaluated=not stopped()))
-            if time.perf_counter() - last_save >= config.save_interval_s:
-                save()
+            training.save_if_due()
     if saver is not None:
         saver.close(training.state())
     training.finish(stopped)
@@ -144,8 +130,8 @@ def train(
         seconds=time.perf_counter() - began,
         seconds_in_publish=publisher.seconds,
         seconds_in_sampler=sampler.seconds,
-        seconds_in_save=seconds_in_save,
-        seconds_in_scoring=seconds_in_scoring,
+        seconds_in_save=training.seconds_in_save,
+        seconds_in_scoring=training.seconds_in_scoring,
         sampler=sampler,
     )
 
@@ -161,6 +147,7 @@ class _Training:
         publisher: CheckpointPublisher,
         scores: Scores,
         epoch_scorer: EpochScorer | None,
+        saver: StateSaver | None,
     ) -> None:
         num_samples = len(dataset.train)
         if num_samples % config.batch_size == 1:
@@ -180,6 +167,9 @@ class _Training:
         self._dataset = dataset
         self._publisher = publisher
         self._epoch_scorer = epoch_scorer
+        self._saver = saver
+        self._last_save = time.perf_counter()
+        self.seconds_in_save = self.seconds_in_scoring = 0.0
         self._optimizer = build_optimizer(config, model)
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, T_max=self.steps)
         self._loss_fn = nn.CrossEntropyLoss()
@@ -187,8 +177,15 @@ class _Training:
         self._loss = math.nan
         self._published_step = self._evaluated_step = -1
 
+    def rescore(self) -> None:
+        """Have the epoch scorer, where there is one, score all samples."""
+        if self._epoch_scorer is not None:
+            began = time.perf_counter()
+            self._epoch_scorer.rescore(self.model, self.step)
+            self.seconds_in_scoring += time.perf_counter() - began
+
     def advance(self, ids: list[int]) -> None:
-        """One step, and the checkpoint that is due after it."""
+        """One step, and the checkpoint and the state that are due after it."""
         x_BCHW, y_B = (part.to(self.device) for part in self._dataset.train.batch(ids))
         self._losses.append(sam_step(self.model, self._optimizer, self._loss_fn, x_BCHW, y_B))
         self._schedule.step()
@@ -196,6 +193,13 @@ class _Training:
         since_first = self.step - self._config.warmup_steps
         if self._epoch_scorer is None and since_first >= 0 and since_first % self._config.publish_every_steps == 0:
             self._publish()
+        if self._config.save_every_steps and self.step % self._config.save_every_steps == 0:
+            self._save()
+
+    def save_if_due(self) -> None:
+        """At the end of an epoch: save the state when the last one is `save_interval_s` old."""
+        if time.perf_counter() - self._last_save >= self._config.save_interval_s:
+            self._save()
 
     def progress(self, epoch: int, *, evaluated: bool = False) -> Progress:
         """Raises TrainingDiverged when a loss since the last one was not finite."""
@@ -258,6 +262,12 @@ class _Training:
         torch.set_rng_state(state["rng"])
         if state["device_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["device_rng"], self.device)
+
+    def _save(self) -> None:
+        if self._saver is not None:
+            self._last_save = time.perf_counter()
+            self._saver.save(self.state())
+            self.seconds_in_save += time.perf_counter() - self._last_save
 
     def _publish(self) -> None:
         self._publisher.publish(self.model, self.step)
