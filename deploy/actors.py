@@ -165,6 +165,8 @@ class ControllerActor:
 
     def _controller(self) -> Controller:
         """Raises ServiceError while it cannot be opened, StoreMismatch for a store that it may not write."""
+        if self._opened is not None and self._opened.is_lost:  # what was not committed is scored again
+            self._opened, self._not_before = None, time.monotonic() + REOPEN_INTERVAL_S
         if self._opened is None:
             if time.monotonic() < self._not_before:
                 raise self._trouble
@@ -216,9 +218,15 @@ def ask(ref: "ray.ObjectRef[T]", timeout_s: float = CONTROLLER_TIMEOUT_S) -> T:
     except ray.exceptions.GetTimeoutError as error:
         raise ServiceError(f"no answer within {timeout_s:g} s") from error
     except ray.exceptions.RayActorError as error:
-        raise ServiceError(f"the process is gone: {error}") from error
+        logger.debug("%s", error)
+        raise ServiceError(f"the process is gone: {first_line(error)}") from error
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, SteppeError) else error) from None
+
+
+def first_line(error: BaseException) -> str:
+    """Of Ray's errors, whose other lines are for Ray's developers."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _future(ref: "ray.ObjectRef[T]") -> "Future[T]":
@@ -230,7 +238,7 @@ def _future(ref: "ray.ObjectRef[T]") -> "Future[T]":
         if error is None:
             answer.set_result(inner.result())
         elif isinstance(error, ray.exceptions.RayActorError):
-            answer.set_exception(ServiceError(f"the controller is gone: {error}"))
+            answer.set_exception(ServiceError(f"the controller is gone: {first_line(error)}"))
         else:
             answer.set_exception(error)
 

@@ -14,6 +14,7 @@ import psutil
 
 RUN_VARIABLE = "STEPPE_RUN_FOLDER"  # inherited by every process of a run's cluster, by which `down` finds them
 FOLDER_PREFIX = "steppe-"
+NEVER_S = 10**8
 OBJECT_STORE_BYTES = 256 * 2**20
 END_TIMEOUT_S = 5.0
 LONGEST_TEMPORARY_FOLDER = 40  # Ray puts sockets below it, whose paths are limited to 107 characters
@@ -44,6 +45,8 @@ def local_cluster(folder: Path, run_folder: Path, run_id: str) -> Iterator[None]
                 logging_level=logging.ERROR,
                 object_store_memory=OBJECT_STORE_BYTES,
                 _temp_dir=str(folder),
+                # Training goes on without its cluster: Ray would end this process when the GCS stays away.
+                _system_config={"gcs_rpc_server_reconnect_timeout_s": NEVER_S},
             )
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # ray.init replaced it by handlers that end without clean-up
@@ -51,6 +54,8 @@ def local_cluster(folder: Path, run_folder: Path, run_id: str) -> Iterator[None]
     except SystemExit as error:  # how ray.init's own handler ends on SIGTERM
         raise KeyboardInterrupt from error
     finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, on_sigterm)
         ray.shutdown()
         del os.environ[RUN_VARIABLE]
         end_processes(run_folder)

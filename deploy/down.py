@@ -36,7 +36,10 @@ def _stop_driver(runtime: dict[str, object]) -> bool:
             deadline = time.monotonic() + STOP_TIMEOUT_S
             while driver.is_running() and driver.status() != psutil.STATUS_ZOMBIE:  # a zombie waits for its parent only
                 if time.monotonic() > deadline:
-                    raise ServiceError(f"the driver (pid {driver.pid}) did not stop within {STOP_TIMEOUT_S:.0f} s")
+                    raise ServiceError(
+                        f"the driver (pid {driver.pid}) did not stop within {STOP_TIMEOUT_S:.0f} s; "
+                        "`steppe down` once more ends it at once"
+                    )
                 time.sleep(POLL_INTERVAL_S)
         return True
     return False

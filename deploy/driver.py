@@ -60,11 +60,15 @@ def run(config: RunConfig, resumed: Run | None = None) -> dict[str, Any]:
         resumed: an unfinished run to go on with from its last saved state; else a new one begins.
     """
     began = time.perf_counter()
-    bind(config.rest.host, config.rest.port).close()
+    if resumed is None:  # else its port may be held by what a killed driver left
+        bind(config.rest.host, config.rest.port).close()
     if config.run.tensorboard:
         check_tensorboard()
     dataset = load_dataset(config.data)
     _check_trainable(config, dataset)
+    if config.data.root is not None:  # scorers start in another folder
+        data = config.data.model_copy(update={"root": str(Path(config.data.root).expanduser().absolute())})
+        config = config.model_copy(update={"data": data})
     opened = resumed or _create(config, dataset)
     check_fits(opened, config, dataset)
     with (
@@ -72,7 +76,8 @@ def run(config: RunConfig, resumed: Run | None = None) -> dict[str, Any]:
         contextlib.redirect_stdout(sys.stderr),
         logging_to(opened.path, "driver"),
         interrupts() as interrupted,
-        _Session(config, opened, dataset, interrupted, is_resumed=resumed is not None) as session,
+        contextlib.ExitStack() as to_the_end,
+        _Session(config, opened, dataset, interrupted, to_the_end, is_resumed=resumed is not None) as session,
     ):
         return session.train(began)
 
@@ -81,9 +86,18 @@ class _Session:
     """One attempt of a run: what is opened around the training, and closed on every way out."""
 
     def __init__(
-        self, config: RunConfig, opened: Run, dataset: Dataset, interrupted: Interrupts, *, is_resumed: bool
+        self,
+        config: RunConfig,
+        opened: Run,
+        dataset: Dataset,
+        interrupted: Interrupts,
+        to_the_end: contextlib.ExitStack,
+        *,
+        is_resumed: bool,
     ) -> None:
+        """`to_the_end` holds what must last longer than the session."""
         self._config, self._run, self._dataset, self._interrupted = config, opened, dataset, interrupted
+        self._to_the_end = to_the_end
         self._is_resumed = is_resumed
         self._events = Events(opened.path)
         self._news = _News()
@@ -96,6 +110,7 @@ class _Session:
             self._say = self._display.say
             if self._is_resumed and (left := clear_leftovers(self._run)):
                 self._say(f"ended {left} processes that the killed driver had left")
+            bind(self._config.rest.host, self._config.rest.port).close()
             self._runtime = RuntimeFile(self._run, "run")
             stack.callback(self._runtime.remove)
             self._runtime.update()
@@ -112,6 +127,8 @@ class _Session:
             self._events.append("interrupted", attempt=self._attempt.attempt)
         elif isinstance(error, TrainingDiverged):
             self._events.append("diverged", attempt=self._attempt.attempt, reason=str(error))
+        elif error is not None:
+            self._events.append("failed", attempt=self._attempt.attempt, reason=f"{type(error).__name__}: {error}")
         self._stack.close()
 
     def train(self, began: float) -> dict[str, Any]:
@@ -138,20 +155,22 @@ class _Session:
         self._news.connect(scoring)
         with contextlib.ExitStack() as stack:
             show = self._watchers(stack)
-            with self._interrupted.deferred():
-                result = train(
-                    _train_config(self._config),
-                    model,
-                    self._dataset,
-                    self._publisher,
-                    scoring.scores,
-                    show,
-                    self._interrupted.came,
-                    epoch_scorer=scoring.epoch_scorer,
-                    saver=StateSaver(self._run.path, self._attempt.attempt),
-                    resumed=self._state,
-                )
-            self._interrupted.check()
+            # From here on, the clean-up included, a signal raises nothing: the training stops between two steps.
+            self._to_the_end.enter_context(self._interrupted.deferred())
+            result = train(
+                _train_config(self._config),
+                model,
+                self._dataset,
+                self._publisher,
+                scoring.scores,
+                show,
+                self._interrupted.came,
+                epoch_scorer=scoring.epoch_scorer,
+                saver=StateSaver(self._run.path, self._attempt.attempt),
+                resumed=self._state,
+            )
+        if not result.finished:
+            raise KeyboardInterrupt
         return result
 
     def _begin(self) -> "tuple[SavedState | None, Attempt]":
@@ -189,10 +208,8 @@ class _Session:
 
     def _watchers(self, stack: contextlib.ExitStack) -> "Callable[[Progress], None]":
         """What is told how the training goes: the display, the diary, and where wanted TensorBoard."""
-        board = None
         if self._config.run.tensorboard:
-            board = Board(self._run.path / "tensorboard")
-            stack.callback(board.close)
+            stack.enter_context(Board(self._run.path / "tensorboard", self._news.describe, self._say))
 
         def show(progress: "Progress") -> None:
             self._news.update(progress)
@@ -201,8 +218,6 @@ class _Session:
                 self._events.append(
                     "epoch", **{key: facts[key] for key in ("epoch", "step", "steps", "loss", "accuracy")}
                 )
-            if board is not None and (state := self._news.describe()):
-                board.show(state)
 
         return show
 

@@ -75,12 +75,12 @@ class EveryEpoch:
 
     def rescore(self, model: nn.Module, step: int) -> None:
         """Publish the weights of `model` and score all samples with them; afterwards `view` holds these scores."""
-        version = self._publisher.publish(model, step)
         tf32 = torch.backends.cudnn.allow_tf32
         torch.backends.cudnn.allow_tf32 = False  # scoring_id says float32
         try:
+            version = self._publisher.publish(model, step)
             self._publisher.flush()
-            while self._worker.work() and not self._stopped():
+            while not self._stopped() and self._worker.work():
                 pass
             self._controller.flush()
             self._reader.refresh()
@@ -90,9 +90,12 @@ class EveryEpoch:
         else:
             if self._stopped():  # perhaps before all were scored; a resume scores them again
                 return
+            if (oldest := self._controller.status()["oldest_block_version"]) < version:
+                self._say(f"not all samples could be scored at step {step}; some have scores of version {oldest}")
             self._view, self._newest = ScoreView.read(self._reader, "adm"), version
             self.first_seen[version] = time.monotonic()
         finally:
+            self._worker.hand_back()  # a failed pass must not hold blocks of the next one
             torch.backends.cudnn.allow_tf32 = tf32
 
     def state_dict(self) -> dict[str, Any]:

@@ -202,11 +202,14 @@ class Fleet:
         if waiting:
             free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
             needs = ", ".join(f"{n:g} {name} ({free.get(name, 0):g} free)" for name, n in self._needs.items())
-            self._report(f"{len(waiting)} scorers wait to be placed or to start; one needs {needs or 'nothing'}")
+            self._report(
+                f"{len(waiting)} scorers wait to be placed or to start; one needs {needs or 'nothing'}",
+                kind=f"{len(waiting)} wait",
+            )
 
-    def _report(self, problem: str) -> None:
-        if problem not in self._said:  # a problem that stays is said once
-            self._said.add(problem)
+    def _report(self, problem: str, kind: str = "") -> None:
+        if (kind or problem) not in self._said:  # a problem that stays is said once
+            self._said.add(kind or problem)
             logger.warning(problem)
             self._say(problem)
 

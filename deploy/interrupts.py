@@ -10,6 +10,7 @@ from types import FrameType
 
 EXIT_CODE = 130
 ONE_KEYSTROKE_S = 0.25
+SHOW_CURSOR = b"\x1b[?25h\n"  # the progress line hides it
 
 
 class Interrupts:
@@ -48,6 +49,9 @@ class Interrupts:
             try:
                 self.at_once()
             finally:
+                with contextlib.suppress(OSError):
+                    if os.isatty(2):
+                        os.write(2, SHOW_CURSOR)
                 os._exit(EXIT_CODE)
         self._came, self._came_at = True, time.monotonic()
         with contextlib.suppress(OSError):  # not print: the signal may have come in the middle of one

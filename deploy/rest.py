@@ -2,12 +2,12 @@
 
 import logging
 import threading
+import time
 from collections.abc import Callable
 
 import ray
 
 from deploy.actors import Handle, ask
-from shared.errors import SteppeError
 from shared.events import Events
 
 logger = logging.getLogger(__name__)
@@ -35,8 +35,8 @@ class RestKeeper:
         self._say = say
         self._events = events
         self.on_change: Callable[[], None] = lambda: None
-        self._launch(port)
         self._stop = threading.Event()
+        self._launch(port)
         self._thread = threading.Thread(target=self._keep, name="rest keeper", daemon=True)
         self._thread.start()
 
@@ -49,25 +49,29 @@ class RestKeeper:
     def _launch(self, port: int) -> None:
         self._handle = self._start(port)
         self._ended = self._handle.wait.remote()
-        self.url, self.port, self.pid = ask(self._handle.start.remote(), START_TIMEOUT_S)
+        started = self._handle.start.remote()
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while not ray.wait([started], timeout=TICK_S)[0]:
+            if self._stop.is_set() or time.monotonic() > deadline:
+                break
+        self.url, self.port, self.pid = ask(started, TICK_S)
         self._events.append("rest_up", url=self.url, pid=self.pid)
 
     def _keep(self) -> None:
-        while not self._stop.wait(TICK_S):
-            if ray.wait([self._ended], timeout=0)[0]:
-                self._say("the REST service ended and is started again")
-                self._events.append("rest_down", url=self.url, pid=self.pid)
-                self._bring_back()
-
-    def _bring_back(self) -> None:
         backoff_s = FIRST_BACKOFF_S
-        while not self._stop.wait(backoff_s):
+        is_up = True
+        while not self._stop.wait(TICK_S if is_up else backoff_s):
             try:
-                self._launch(self.port)
-            except SteppeError as error:
+                if is_up and ray.wait([self._ended], timeout=0)[0]:
+                    is_up = False
+                    self._say("the REST service ended and is started again")
+                    self._events.append("rest_down", url=self.url, pid=self.pid)
+                elif not is_up:
+                    self._launch(self.port)
+                    is_up, backoff_s = True, FIRST_BACKOFF_S
+                    self.on_change()
+            except Exception as error:  # whatever it is, the run goes on, and so does this loop
                 logger.warning("the REST service does not come up: %s", error)
-                ray.kill(self._handle)
+                if not is_up:
+                    ray.kill(self._handle)
                 backoff_s = min(2 * backoff_s, LONGEST_BACKOFF_S)
-            else:
-                self.on_change()
-                return

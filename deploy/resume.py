@@ -58,7 +58,7 @@ def find_resumable(path: str, settings: Sequence[str] = ()) -> Resumable:
         raise RunError(f"{run.path} is running; stop it first: steppe down {run.path}")
     if state == RunState.FINISHED or (run.path / "summary.json").exists():
         raise RunError(f"{run.path} is finished, its results are in summary.json; start a new run")
-    _check_settings(config, Run(run.path).description["config"], run)
+    _check_settings(config, run.description["config"], run)
     return Resumable(run, config)
 
 

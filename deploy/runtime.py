@@ -18,7 +18,9 @@ class RuntimeFile:
     def __init__(self, run: Run, role: str) -> None:
         self._run = run
         self._content: dict[str, Any] = {"role": role, **process_identity()}
-        self._before = run.read("runtime.json") if role == "serve" else None
+        self._before = run.runtime() if role == "serve" else None
+        if self._before:
+            self._content["ray_folder"] = self._before.get("ray_folder")
         self._lock = threading.Lock()  # services that come back are written by their keepers' threads
         self._removed = False
 

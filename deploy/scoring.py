@@ -33,13 +33,15 @@ Say = Callable[[str], None]
 class Scoring:
     """What the driver and the trainer see of it.
 
-    `status` tells the controller's last numbers; `first_seen` when each model_version was first the newest that the
+    `status` tells the controller's last numbers; `unreadable` counts refreshes of the sampler's
+    view that failed; `first_seen` when each model_version was first the newest that the
     sampler could see (time.monotonic); `await_scorer` returns when training may begin.
     """
 
     scores: "Scores"
     first_seen: Mapping[int, float]
     status: Callable[[], Mapping[str, Any]]
+    unreadable: Callable[[], int] = lambda: 0
     await_scorer: Callable[[], None] = lambda: None
     epoch_scorer: "EpochScorer | None" = None
 
@@ -110,7 +112,11 @@ def _beside_training(
             )
         )
         yield Scoring(
-            feed, feed.first_seen, lambda: fleet.status, await_scorer=lambda: _await_scorer(config, fleet, say)
+            feed,
+            feed.first_seen,
+            lambda: fleet.status,
+            unreadable=lambda: feed.failures,
+            await_scorer=lambda: _await_scorer(config, fleet, say),
         )
 
 
@@ -135,7 +141,8 @@ def _actors(config: RunConfig, run: Run, runtime: RuntimeFile, say: Say) -> "Ite
         needs = {"CPU": scoring.cpus, "GPU": scoring.gpus}
         fleet = Fleet(controller, lambda name: scorer.remote(name, uri, config, controller), needs, say, events)
         stack.callback(fleet.stop)
-        ask(controller.status.remote(), ACTOR_TIMEOUT_S)
+        if ask(controller.status.remote(), ACTOR_TIMEOUT_S)["wanted"] != scoring.replicas:
+            ask(controller.set_wanted.remote(scoring.replicas))  # a wish of the last attempt does not bind this one
 
         def start_rest(port: int) -> "Handle":
             return rest.remote(uri, config.rest.model_copy(update={"port": port}), controller)

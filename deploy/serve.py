@@ -8,6 +8,7 @@ from deploy.runtime import RuntimeFile
 from services.api import create_app, is_loopback
 from services.server import Server
 from shared.catalogue import Run, RunState
+from shared.errors import ConfigError
 
 
 def serve(run: Run, host: str, port: int) -> None:
@@ -16,7 +17,10 @@ def serve(run: Run, host: str, port: int) -> None:
     Raises: ConfigError when the port is taken.
     """
     token = run.token() or run.create_token()
-    server = Server(create_app(run, token=token, loopback=is_loopback(host)), host, port)
+    try:
+        server = Server(create_app(run, token=token, loopback=is_loopback(host)), host, port)
+    except ConfigError as error:
+        raise ConfigError(str(error).replace("rest.", "--")) from None  # here they are options
     runtime = None if run.state() in (RunState.RUNNING, RunState.SERVED) else RuntimeFile(run, "serve")
     with interrupts(), logging_to(run.path, "serve"):
         try:

@@ -1,5 +1,6 @@
 """What came of a run: the content of its summary.json."""
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,9 @@ def summarise(
         "trainer_seconds_total": round(result.seconds, 6),
         "quarantined_rows": int(reader.metadata.get("quarantined_rows", 0)),
         "checkpoints_failed": publisher.failed,
+        "checkpoints_superseded": publisher.skipped,
+        "states_failed": result.states_failed,
+        "scores_unreadable": scoring.unreadable(),
         "reports": dict(reader.metadata.get("reports", {})),
         "run_folder": str(run.path),
     }
@@ -64,10 +68,12 @@ def first_score_latency(
     more, at the end of the training, do not count. (None, None) when nothing was scored.
     """
     latencies = []
-    for version, published in published_at.items():
-        seen = [at for newest, at in first_seen.items() if newest >= version]
-        if seen:
-            latencies.append(min(seen) - published)
+    seen, earliest = sorted(first_seen.items()), math.inf
+    for version in sorted(published_at, reverse=True):
+        while seen and seen[-1][0] >= version:
+            earliest = min(earliest, seen.pop()[1])
+        if earliest < math.inf:
+            latencies.append(earliest - published_at[version])
     if not latencies:
         return None, None
     middle, high = np.quantile(latencies, (0.5, 0.95))

@@ -1,6 +1,5 @@
 """`steppe top`: a running run, looked at again and again until it ends."""
 
-import signal
 import time
 from typing import Any
 
@@ -37,7 +36,7 @@ def watch(run: Run, interval_s: float, count: int | None) -> None:
             shown += 1
             if shown == count:
                 return
-            signal.sigtimedwait([], interval_s)
+            time.sleep(interval_s)
     console.print(f"{run.path}: {run.state()}")
 
 

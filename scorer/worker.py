@@ -134,8 +134,13 @@ class Worker:
         while not self._stop.is_set():
             if not self.work():
                 self._stop.wait(self._poll_interval_s)
-        self._value(self._leases.release(self.scorer_id), RELEASE_TIMEOUT_S)
+        self.hand_back()
         return self.scored
+
+    def hand_back(self) -> None:
+        """Give the leases back, the one in flight too."""
+        self._coming = None
+        self._value(self._leases.release(self.scorer_id), RELEASE_TIMEOUT_S)
 
     def work(self) -> bool:
         """Score one block with the newest checkpoint; False when there is nothing to do now."""

@@ -22,7 +22,7 @@ from services.config import ControllerConfig
 from services.passes import Passes
 from services.quarantine import Quarantine
 from shared.attempts import abandoned
-from shared.errors import ConfigError, ServiceError
+from shared.errors import ConfigError, Fenced, ServiceError
 from shared.events import Events
 from shared.freshness import ABANDONED, age_versions
 from shared.leases import MAX_REPLICAS, Lease
@@ -32,6 +32,7 @@ from shared.storage import Folder, local_path
 
 logger = logging.getLogger(__name__)
 
+EVENT_INTERVAL_S = 1.0
 NOT_FINITE = "a measured value is not finite"
 RATE_WINDOW_S = 10.0
 ATTEMPTS_AT_CLOSE = 5
@@ -92,6 +93,7 @@ class Controller:
         self._work_pending = False  # rows, or notes, that are not committed
         self._passes = Passes(len(self._blocks), reader.metadata)
         self._quarantine.count = int(reader.metadata.get("quarantined_rows", 0))
+        self._told, self._told_at = (self._writer.version, self._writer.rows), 0.0
         self._rates: collections.deque[tuple[float, int]] = collections.deque()
         self._first_lease = self._last_submit = 0.0
         self._received = 0
@@ -205,6 +207,11 @@ class Controller:
                 "trouble": str(self._failure or self._trouble or "") or None,
             }
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether it can commit no more, though a new one could: it was not fenced off."""
+        return self._failure is not None and not isinstance(self._failure, Fenced)
+
     def flush(self) -> None:
         """Commit what came in, now. Raises OSError when that is not possible, and the rows stay pending; or Fenced."""
         with self._lock:
@@ -237,6 +244,7 @@ class Controller:
                 self._commit()
                 if closing:
                     self._writer.close()
+                    self._tell_commits(at_least_after_s=0.0)
                     return
             except OSError as error:  # such as a full disk: the rows are still pending
                 logger.exception("a commit failed, it is tried again")
@@ -269,13 +277,24 @@ class Controller:
                     "reports": dict(self._reports),
                 }
             self._quarantine.save()
-            version, rows = self._writer.version, self._writer.rows
-            if self._writer.commit(notes) != version:
-                self._events.append("committed", store_version=self._writer.version, rows=self._writer.rows - rows)
+            self._writer.commit(notes)
+            self._tell_commits(at_least_after_s=EVENT_INTERVAL_S)
             with self._lock:
                 self._trouble = None
                 self._blocks.committed(submitted)
                 del self._submitted[: len(submitted)]
+
+    def _tell_commits(self, at_least_after_s: float) -> None:
+        """One line in the diary for the commits since the last line."""
+        version, rows = self._told
+        if self._writer.version > version and time.monotonic() - self._told_at >= at_least_after_s:
+            self._told, self._told_at = (self._writer.version, self._writer.rows), time.monotonic()
+            self._events.append(
+                "committed",
+                store_version=self._writer.version,
+                commits=self._told[0] - version,
+                rows=self._told[1] - rows,
+            )
 
     def _wake(self) -> None:
         self._work_pending = True

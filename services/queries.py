@@ -13,13 +13,12 @@ from shared.attempts import abandoned, attempts
 from shared.catalogue import Run
 from shared.checkpoints import newest, stable
 from shared.errors import StoreError
-from shared.events import last_events
+from shared.events import EventFollower, last_events
 from shared.freshness import ABANDONED, age_versions, staleness_bound, statuses
 from shared.measures import MEASURES, find_measure, percentiles
 from shared.score_store import ScoreReader
 
 AGE_QUANTILES = (0.5, 0.95)
-EVENTS_SEARCHED = 1000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +39,8 @@ class Difficulty:
         self.run = run
         self._reader: ScoreReader | None = None
         self._percentiles: dict[str, _Percentiles] = {}
+        self._diary = EventFollower(run.path)
+        self._epoch: dict[str, Any] | None = None
         self._lock = threading.RLock()  # an answer is made whole before the next one refreshes
 
     def refresh(self) -> ScoreReader:
@@ -137,10 +138,10 @@ class Difficulty:
 
     def _last_epoch(self) -> dict[str, Any] | None:
         """The last epoch of the training that ended: epoch, step, steps, loss, accuracy; None before the first."""
-        for event in reversed(last_events(self.run.path, EVENTS_SEARCHED)):
+        for event in self._diary.new():
             if event["event"] == "epoch":
-                return {key: value for key, value in event.items() if key not in ("event", "time")}
-        return None
+                self._epoch = {key: value for key, value in event.items() if key not in ("event", "time")}
+        return self._epoch
 
     def _describe(self, reader: ScoreReader, rows: pa.Table, measure: str) -> dict[str, Any]:
         rule = find_measure(measure)

@@ -89,7 +89,9 @@ class CheckpointPublisher:
         self._thread.start()
 
     def publish(self, model: "torch.nn.Module", step: int) -> int:
-        """Reserve the next model_version, copy the weights and return; `flush` waits until they are stable.
+        """Reserve the next model_version, copy the weights and return it; `flush` waits until they are stable.
+
+        When none can be reserved, such as on a full disk, that counts in `failed`, and the last version is returned.
 
         Raises: PerturbedWeights between SAM's first and second step.
         """
@@ -100,7 +102,11 @@ class CheckpointPublisher:
         if any(getattr(p, PERTURBED_FLAG, False) for p in model.parameters()):
             raise PerturbedWeights("the model holds w + e(w); publish before first_step or after second_step")
         tensors, tied = _host_copy(model)
-        version = self._reserve()
+        try:
+            version = self._reserve()
+        except OSError as error:
+            self._note_failure(self._next_version - 1, step, error)
+            return self.newest_version
         while self._copies.qsize() >= self._max_pending:
             with contextlib.suppress(queue.Empty):
                 self._copies.get_nowait()
@@ -140,6 +146,12 @@ class CheckpointPublisher:
         if self._failure is not None:
             raise CheckpointError(f"publishing to {self._folder.path} failed: {self._failure}") from self._failure
 
+    def _note_failure(self, version: int, step: int, error: Exception) -> None:
+        logger.warning("checkpoint %d could not be written: %s", version, error)
+        self.failed += 1
+        self._failure = error
+        self._events.append("publish_failed", model_version=version, step=step, reason=str(error))
+
     def _reserve(self) -> int:
         while True:
             version = self._next_version
@@ -160,10 +172,7 @@ class CheckpointPublisher:
                 self._events.append("published", model_version=version, step=step)
                 _remove_old(self._folder, self._keep_last)
             except Exception as error:  # such as a full disk: training goes on, the next version is tried
-                logger.warning("checkpoint %d could not be written: %s", version, error)
-                self.failed += 1
-                self._failure = error
-                self._events.append("publish_failed", model_version=version, step=step, reason=str(error))
+                self._note_failure(version, step, error)
             finally:
                 self._copies.task_done()
         self._copies.task_done()

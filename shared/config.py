@@ -4,6 +4,7 @@ Each process's own settings stand beside it (`trainer/config.py` and so on); the
 trainer and scorers must agree, stand here.
 """
 
+import copy
 import datetime
 import difflib
 import os
@@ -74,7 +75,8 @@ def read_config(kind: type[C], path: str | os.PathLike[str], settings: Sequence[
 
 
 def make_config(kind: type[C], values: dict[str, Any], settings: Sequence[str] = ()) -> C:
-    """As `read_config`, of values that are read already, such as those in a run.json; changes `values`."""
+    """As `read_config`, of values that are read already, such as those in a run.json."""
+    values = copy.deepcopy(values)
     for setting in settings:
         _apply(values, setting)
     try:

@@ -25,7 +25,8 @@ class Events:
 
     Lines hold `time` (UTC), `event` and the event's own facts. The events:
 
-        started, resumed, finished, interrupted, diverged        the run        step, attempt, ...
+        started, resumed, finished                               the run        step, attempt, ...
+        interrupted, diverged, failed                            the run        attempt, reason
         published, publish_failed                                trainer        model_version, step
         epoch                                                    trainer        epoch, step, steps, loss, accuracy
         state_saved, state_failed, state_skipped                 trainer        step
@@ -67,6 +68,26 @@ def read_events(uri: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     except FileNotFoundError:
         return
     yield from _parsed(data)
+
+
+class EventFollower:
+    """Reads the diary of the run folder `uri` as it grows: each event once."""
+
+    def __init__(self, uri: str | os.PathLike[str]) -> None:
+        self._path = local_path(uri) / EVENTS_FILE
+        self._read = 0
+
+    def new(self) -> Iterator[dict[str, Any]]:
+        """The events since the last call, in order; a line that is being written is left for the next."""
+        try:
+            with open(self._path, "rb") as file:
+                file.seek(self._read)
+                data = file.read()
+        except FileNotFoundError:
+            return
+        whole = data[: data.rfind(b"\n") + 1]
+        self._read += len(whole)
+        yield from _parsed(whole)
 
 
 def last_events(uri: str | os.PathLike[str], count: int) -> list[dict[str, Any]]:

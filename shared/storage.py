@@ -19,17 +19,20 @@ if TYPE_CHECKING:
 
 
 def local_path(uri: str | os.PathLike[str]) -> Path:
-    """The absolute local path of `uri`, a plain path or a file:// URI. Raises ConfigError for any other scheme."""
+    """The absolute local path, without links and detours, of `uri`, a plain path or a file:// URI.
+
+    Raises ConfigError for any other scheme.
+    """
     text = os.fspath(uri)
     scheme, _, rest = text.partition("://")
     if not rest:
-        return Path(text).absolute()
+        return Path(text).resolve()
     if scheme != "file":
         raise ConfigError(f"{text!r}: only local paths and file:// URIs can be used; mount {scheme}:// as a folder")
     parts = urlsplit(text)
     if parts.netloc not in ("", "localhost"):
         raise ConfigError(f"{text!r} names the host {parts.netloc!r}; a local file has three slashes: file:///folder")
-    return Path(unquote(parts.path)).absolute()
+    return Path(unquote(parts.path)).resolve()
 
 
 class Folder:

@@ -45,19 +45,21 @@ class Progress:
 
 @dataclasses.dataclass(frozen=True)
 class TrainResult:
-    """What came of it. Seconds are the trainer's wall clock: in all, in `publish`, in planning draws, in saving,
-    in the epoch scorer.
+    """What came of it; `finished` unless it was stopped before.
 
+    Seconds are the trainer's wall clock: in all, in `publish`, in planning draws, in saving, in the epoch scorer.
     `test_accuracy` is None when it was stopped before the first evaluation.
     """
 
     steps: int
+    finished: bool
     test_accuracy: float | None
     seconds: float
     seconds_in_publish: float
     seconds_in_sampler: float
     seconds_in_save: float
     seconds_in_scoring: float
+    states_failed: int
     sampler: CurriculumSampler
 
 
@@ -126,12 +128,14 @@ def train(
     on_progress(training.progress(sampler.epoch if sampler.position else max(sampler.epoch - 1, 0)))
     return TrainResult(
         steps=training.step,
+        finished=training.is_finished,
         test_accuracy=training.accuracy,
         seconds=time.perf_counter() - began,
         seconds_in_publish=publisher.seconds,
         seconds_in_sampler=sampler.seconds,
         seconds_in_save=training.seconds_in_save,
         seconds_in_scoring=training.seconds_in_scoring,
+        states_failed=saver.failed if saver is not None else 0,
         sampler=sampler,
     )
 
@@ -218,6 +222,11 @@ class _Training:
         if accuracy is not None:
             self.accuracy, self._evaluated_step = accuracy, self.step
 
+    @property
+    def is_finished(self) -> bool:
+        """All steps are done and the result is known."""
+        return self.step == self.steps and self._evaluated_step == self.step
+
     def finish(self, stopped: Callable[[], bool]) -> None:
         """The last checkpoint and, unless stopped, the last accuracy, where they are not there already."""
         if self.step != self._published_step:
@@ -265,9 +274,10 @@ class _Training:
 
     def _save(self) -> None:
         if self._saver is not None:
-            self._last_save = time.perf_counter()
-            self._saver.save(self.state())
-            self.seconds_in_save += time.perf_counter() - self._last_save
+            began = time.perf_counter()
+            if self._saver.save(self.state()):
+                self._last_save = began
+            self.seconds_in_save += time.perf_counter() - began
 
     def _publish(self) -> None:
         self._publisher.publish(self.model, self.step)

@@ -55,11 +55,15 @@ class StateSaver:
         self._writing: Future[None] | None = None
         self.failed = 0
 
-    def save(self, state: SavedState) -> None:
-        """Copy `state` and write it in the background. One whose weights hold NaN is refused, counted."""
+    def save(self, state: SavedState) -> bool:
+        """Copy `state` and write it in the background; False when the one before is still being written.
+
+        One whose weights hold NaN is refused, counted.
+        """
         if self._writing is not None and not self._writing.done():
-            return
+            return False
         self._writing = self._thread.submit(self._write, dataclasses.replace(state, content=_host_copy(state.content)))
+        return True
 
     def close(self, last: SavedState | None = None) -> None:
         """Wait until what was given is written; `last`, the state at the end, too."""
@@ -80,7 +84,7 @@ class StateSaver:
             self._folder.put(f"{name}.pt", data)
             self._folder.put(f"{name}.json", json.dumps(marker).encode())
             self._remove_old()
-        except (OSError, StateError) as error:
+        except Exception as error:  # such as a full disk: the training goes on, a later one is tried
             self.failed += 1
             logger.warning("the state at step %d could not be saved: %s", state.step, error)
             self._events.append("state_failed", step=state.step, reason=str(error))
@@ -98,16 +102,29 @@ class StateSaver:
 
 
 def load_newest_state(uri: str | os.PathLike[str]) -> SavedState | None:
-    """The newest whole state of the run folder `uri`, on the host; None when there is none. Damaged ones are logged."""
+    """The newest whole state of the run folder `uri`, on the host; None when none was saved.
+
+    A damaged one is passed over, logged and, once a whole one is found, counts no more.
+
+    Raises: StateError, naming what is wrong, when there are states and none can be read.
+    """
     folder = Folder(local_path(uri) / "train")
+    damaged: dict[str, Exception] = {}
     for stem in reversed(_stems(folder)):
         try:
-            return _read(folder, stem)
+            state = _read(folder, stem)
         except Exception as error:  # whatever is wrong with it, the one before may do
             logger.warning("%s cannot be resumed from: %s", folder.path / stem, error)
             Events(uri).append("state_skipped", name=stem, reason=str(error))
-            if not isinstance(error, OSError):
-                folder.delete(f"{stem}.json")  # it is none, and takes no whole one's place among those that are kept
+            damaged[stem] = error
+            continue
+        for other, reason in damaged.items():
+            if not isinstance(reason, OSError):  # it must not take a whole one's place among those that are kept
+                folder.delete(f"{other}.json")
+        return state
+    if damaged:
+        reasons = "; ".join(f"{stem}: {reason}" for stem, reason in damaged.items())
+        raise StateError(f"no saved state in {folder.path} can be read ({reasons}); restore one, or start a new run")
     return None
 
 

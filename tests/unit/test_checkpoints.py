@@ -311,3 +311,20 @@ def test_closed_publisher(tmp_path: Path) -> None:
 def test_settings_that_cannot_work(tmp_path: Path, settings: dict[str, int]) -> None:
     with pytest.raises(CheckpointError, match=f"{next(iter(settings))} (is )?0"):
         CheckpointPublisher(tmp_path, **settings)
+
+
+def test_version_that_cannot_be_reserved_is_counted_and_the_training_goes_on(tmp_path: Path) -> None:
+    """The folder of the checkpoints is gone, as on a lost mount, and there again later."""
+    with CheckpointPublisher(tmp_path) as publisher:
+        publisher.publish(linear(1.0), 1)
+        publisher.flush()
+        (tmp_path / "checkpoints").rename(tmp_path / "away")
+        (tmp_path / "checkpoints").write_text("")
+        returned = publisher.publish(linear(2.0), 2)
+        (tmp_path / "checkpoints").unlink()
+        (tmp_path / "away").rename(tmp_path / "checkpoints")
+        later = publisher.publish(linear(3.0), 3)
+
+    assert (publisher.failed, publisher.published, returned) == (1, 2, 1)
+    assert later > returned
+    assert value(tmp_path) == 3.0

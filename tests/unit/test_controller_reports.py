@@ -129,9 +129,9 @@ def test_commits_and_wishes_are_in_the_diary(tmp_path: Path) -> None:
         controller.flush()
 
     assert events(tmp_path, "committed", "scaled") == [
-        {"event": "committed", "store_version": 1, "rows": 2},
+        {"event": "committed", "store_version": 1, "commits": 1, "rows": 2},
         {"event": "scaled", "wanted": 5},
-        {"event": "committed", "store_version": 2, "rows": 1},
+        {"event": "committed", "store_version": 2, "commits": 1, "rows": 1},
     ]
 
 

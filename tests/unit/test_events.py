@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from shared.events import EVENTS_FILE, TAIL_BYTES, Events, last_events, read_events
+from shared.events import EVENTS_FILE, TAIL_BYTES, EventFollower, Events, last_events, read_events
 
 APPEND_MANY = """
 import sys
@@ -169,3 +169,19 @@ def test_last_no_events_are_none(tmp_path: Path) -> None:
     Events(tmp_path).append("started")
 
     assert last_events(tmp_path, 0) == []
+
+
+def test_follower_reads_each_event_once_and_waits_for_the_end_of_a_line(tmp_path: Path) -> None:
+    follower, events = EventFollower(tmp_path), Events(tmp_path)
+    found = [list(follower.new())]
+    events.append("published", step=1)
+    events.append("published", step=2)
+    found.append(list(follower.new()))
+    with open(tmp_path / EVENTS_FILE, "a") as file:
+        file.write('{"event": "published",')
+    found.append(list(follower.new()))
+    with open(tmp_path / EVENTS_FILE, "a") as file:
+        file.write(' "step": 3}\n')
+    found.append(list(follower.new()))
+
+    assert [[event["step"] for event in some] for some in found] == [[], [1, 2], [], [3]]

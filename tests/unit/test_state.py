@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import trainer.state
+from shared.errors import StateError
 from shared.events import read_events
 from shared.storage import Folder
 from trainer.state import SavedState, StateSaver, load_newest_state
@@ -132,12 +133,15 @@ def test_code_in_a_state_is_not_run(tmp_path: Path) -> None:
     assert newest_step(tmp_path) == 1
 
 
-def test_all_damaged_is_none(tmp_path: Path) -> None:
+def test_all_damaged_is_an_error_each_time(tmp_path: Path) -> None:
+    """Not a fresh start: that would give up what a repaired disk may still hold."""
     for step in (1, 2):
         save(tmp_path, step)
         (tmp_path / "train" / f"state-0001-00000000{step}.pt").write_bytes(b"")
 
-    assert load_newest_state(tmp_path) is None
+    for _ in range(2):
+        with pytest.raises(StateError, match=r"no saved state in .* can be read \(state-0001-000000002: it does not"):
+            load_newest_state(tmp_path)
 
 
 def test_state_without_its_marker_does_not_count_and_the_next_save_removes_it(tmp_path: Path) -> None:
