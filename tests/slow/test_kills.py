@@ -144,6 +144,25 @@ def test_a_killed_driver_is_resumed(run: RunningRun) -> None:
     assert not run.processes()
 
 
+@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
+def test_training_outlives_its_cluster(tmp_path: Path, name: str) -> None:
+    """Ray's own processes are killed: whatever becomes of the scorers, the trainer goes to the end of its steps."""
+    run = RunningRun(tmp_path / "run", "train.epochs=60", "model.width=16")
+    try:
+        full_coverage(run.client())
+        ray_folder = Path(run.runtime()["ray_folder"])
+        (victim,) = [process for process in run.processes() if process.name() == name]
+        victim.kill()
+        code, out, err = run.finish()
+    finally:
+        run.stop_for_good()
+
+    assert code == 0, err
+    assert json.loads(out)["steps"] == 60 * 23
+    assert not run.processes()
+    assert not ray_folder.exists()
+
+
 def test_a_hanging_scorer_loses_its_leases(tmp_path: Path) -> None:
     """SIGSTOP, which Ray does not notice: its blocks go to another after their deadline."""
     run = RunningRun(

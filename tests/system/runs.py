@@ -1,5 +1,6 @@
 """Starting `steppe run` as a user does, and looking after its processes."""
 
+import contextlib
 import json
 import signal
 import subprocess
@@ -10,7 +11,7 @@ from typing import Any
 import httpx2
 import psutil
 
-from deploy.cluster import processes_of
+from deploy.cluster import processes_of, remove_ray_folder
 from tests.waiting import wait_for
 
 STEPPE = str(Path(sys.executable).parent / "steppe")
@@ -66,3 +67,5 @@ class RunningRun:
             self.process.communicate()
         for process in self.processes():
             process.kill()
+        with contextlib.suppress(OSError, ValueError):
+            remove_ray_folder(json.loads((self.folder / "runtime.json").read_bytes()).get("ray_folder"))
