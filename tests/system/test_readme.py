@@ -115,5 +115,6 @@ def check_summary(summary: dict[str, float]) -> None:
         age_versions_p50 age_versions_p95 draws_fresh draws_stale draws_unscored staleness_bound
         scorer_samples_per_second trainer_seconds_in_publish trainer_seconds_in_sampler trainer_seconds_total
         quarantined_rows run_folder attempts scoring_mode seconds_to_first_score_p50 seconds_to_first_score_p95
-        trainer_seconds_in_save trainer_seconds_in_scoring checkpoints_failed reports"""
+        trainer_seconds_in_save trainer_seconds_in_scoring checkpoints_failed
+        checkpoints_superseded states_failed scores_unreadable reports"""
     assert set(expected.split()) == set(summary)
