@@ -430,7 +430,7 @@ CASES = {
     ),
     "serve, host": Case(
         "serve --host=192.0.2.1 --port=0",
-        f"cannot listen on 192.0.2.1:0: this machine does not have that address; "
+        "cannot listen on 192.0.2.1:0: this machine does not have that address; "
         + ON_THIS_MACHINE.replace("rest.", "--"),
         finished,
         extra=("runs/run/token", "runs/run/logs", "runs/run/logs/serve.log"),
