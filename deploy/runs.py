@@ -3,7 +3,7 @@
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from shared.catalogue import Run, all_runs
 from shared.errors import SteppeError
@@ -18,11 +18,11 @@ def list_runs(root: str) -> list[dict[str, Any]]:
 
 
 def print_runs(runs: list[dict[str, Any]]) -> None:
-    table = Table("run", "state", "created", "step", "test accuracy", "attempts")
+    table = Table(Column("run", no_wrap=True), "state", "created", "step", "accuracy", "attempts", box=None)
     for run in runs:
         accuracy = "-" if run["test_accuracy"] is None else f"{run['test_accuracy']:.4f}"
         step, tries = ("-" if run[key] is None else str(run[key]) for key in ("steps", "attempts"))
-        table.add_row(run["run_id"], run["state"], run["created_at"][:19], step, accuracy, tries)
+        table.add_row(run["run_id"], run["state"], run["created_at"][5:16].replace("T", " "), step, accuracy, tries)
     Console().print(table)
 
 
