@@ -125,11 +125,20 @@ class ControllerActor:
     """
 
     def __init__(
-        self, run_uri: str, num_samples: int, scoring_id: str, config: ControllerConfig, *, wanted: int
+        self,
+        run_uri: str,
+        num_samples: int,
+        scoring_id: str,
+        config: ControllerConfig,
+        *,
+        wanted: int,
+        measure: str = "adm",
     ) -> None:
         check_packages()
         log_to(run_uri, "controller")
-        self._open = functools.partial(Controller, run_uri, num_samples, scoring_id, config, wanted=wanted)
+        self._open = functools.partial(
+            Controller, run_uri, num_samples, scoring_id, config, wanted=wanted, measure=measure
+        )
         self._events = Events(run_uri)
         self._opened: Controller | None = None
         self._trouble: SteppeError = ServiceError("")

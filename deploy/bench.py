@@ -1,5 +1,6 @@
 """`steppe bench NAME`: measurements of the whole thing on this machine, as commands and not as timed tests."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -7,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,14 @@ import psutil
 
 from deploy.client import RestClient
 from deploy.cluster import end_processes, run_folder_of
+from deploy.progress import print_facts
 from shared.catalogue import Run
 from shared.errors import ConfigError, ServiceError, SteppeError
 
 QUICKSTART = Path(__file__).parent / "configs" / "quickstart.toml"
 POLL_INTERVAL_S = 0.05
 LONGEST_RECOVERY_S = 120.0
+PICTURES = (".png", ".svg", ".pdf")
 
 
 def recovery(repeats: int) -> dict[str, Any]:
@@ -42,14 +45,62 @@ def recovery(repeats: int) -> dict[str, Any]:
     return _quantiles(seconds) | {"what": "seconds from kill -9 of a scorer to rows of its successor"}
 
 
-BENCHES: dict[str, Callable[[int], dict[str, Any]]] = {"recovery": recovery}
+def _print(found: Mapping[str, Any]) -> None:
+    print_facts({key: str(value) for key, value in found.items()})
 
 
-def run_bench(name: str, repeats: int) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class Bench:
+    """One benchmark: `measure(repeats)` gives what `show` prints, as JSON can hold it.
+
+    `repeats` is how often it measures unless told otherwise; `draw` is None where there is nothing to draw.
+    """
+
+    measure: Callable[[int], dict[str, Any]]
+    repeats: int
+    show: Callable[[Mapping[str, Any]], None] = _print
+    draw: Callable[[Mapping[str, Any], Path], None] | None = None
+
+
+def _recovery() -> Bench:
+    return Bench(recovery, repeats=20)
+
+
+def _flat() -> Bench:
+    from deploy import flat
+
+    return Bench(flat.measure, repeats=12, show=flat.show, draw=flat.draw)
+
+
+BENCHES: dict[str, Callable[[], Bench]] = {"recovery": _recovery, "flat": _flat}  # called for the one that is asked for
+
+
+def find_bench(name: str) -> Bench:
     """Raises ConfigError listing the known names."""
     if name not in BENCHES:
         raise ConfigError(f"no benchmark {name!r}; known: {', '.join(BENCHES)}")
-    return {"bench": name} | BENCHES[name](repeats)
+    return BENCHES[name]()
+
+
+def run_bench(name: str, repeats: int | None = None, plot: Path | None = None) -> dict[str, Any]:
+    """What was measured, drawn to `plot` where given. Raises ConfigError for a name or a plot that cannot be."""
+    bench = find_bench(name)
+    if plot is not None:
+        _check_plot(name, bench, plot)
+    found = {"bench": name} | bench.measure(repeats or bench.repeats)
+    if plot is not None and bench.draw is not None:
+        bench.draw(found, plot)
+    return found
+
+
+def _check_plot(name: str, bench: Bench, plot: Path) -> None:
+    """Before the measuring, which can be long."""
+    if bench.draw is None:
+        raise ConfigError(f"--plot {plot}: {name} has nothing to draw; leave --plot out")
+    if plot.suffix not in PICTURES:
+        raise ConfigError(f"--plot {plot}: the name ends in {plot.suffix!r}; it must end in {', '.join(PICTURES)}")
+    if not plot.parent.is_dir():
+        raise ConfigError(f"--plot {plot}: there is no folder {plot.parent}; make it first")
 
 
 def _client(folder: Path, process: "subprocess.Popen[bytes]") -> RestClient:

@@ -2,12 +2,13 @@
 
 import json
 import sys
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from deploy import config_cli
-from shared.errors import SteppeError
+from shared.errors import ConfigError, SteppeError
 
 app = typer.Typer(
     name="steppe",
@@ -108,7 +109,7 @@ def scale(
 @app.command(context_settings={"ignore_unknown_options": True})
 def query(
     ids: Annotated[list[int], typer.Argument(help="Sample ids.")],
-    measure: Annotated[str, typer.Option(help="adm, loss, margin, grad_norm or el2n.")] = "adm",
+    measure: Annotated[str, typer.Option(help="adm, loss, margin, grad_norm ...; a wrong one lists all.")] = "adm",
     folder: Annotated[str | None, typer.Option("--run", help=FOLDER_HELP)] = None,
     root: Root = "runs",
     as_json: AsJson = False,
@@ -171,6 +172,26 @@ def runs(root: Root = "runs", as_json: AsJson = False) -> None:
 
 
 @app.command()
+def export(
+    folder: RunFolder = None,
+    suspects: Annotated[bool, typer.Option("--suspects", help="The samples that look mislabelled.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many rows; default: all, of a table 20.")] = None,
+    form: Annotated[
+        str | None, typer.Option("--format", help="table, csv, json or arrow; default: what FILE ends in, else table.")
+    ] = None,
+    out: Annotated[str | None, typer.Option("--out", metavar="FILE", help="Replaced whole; default: stdout.")] = None,
+    root: Root = "runs",
+) -> None:
+    """What a run found out, for people and other programs, from its folder alone."""
+    if not suspects:
+        raise ConfigError("say what to export: --suspects")
+    from deploy.client import find_run
+    from deploy.export import export as export_run
+
+    export_run(find_run(folder, root), form=form, out=out, limit=limit)
+
+
+@app.command()
 def doctor(
     root: Root = "runs",
     host: Annotated[str, typer.Option(help="Where the REST service would listen.")] = "127.0.0.1",
@@ -192,20 +213,76 @@ def doctor(
 
 
 @app.command()
-def bench(
-    name: Annotated[str, typer.Argument(help="recovery: kill -9 of the only scorer to rows of its successor.")],
-    repeats: Annotated[int, typer.Option(min=1, help="How often to measure.")] = 20,
+def compare(
+    config: Annotated[str, typer.Argument(help="A TOML file, such as deploy/configs/compare/small.toml.")],
+    settings: Annotated[list[str], typer.Option("--set", help="Override: section.key=value. May be repeated.")] = [],  # noqa: B006
+    folder: Annotated[
+        str | None, typer.Option("--folder", help="Where it is kept; default: comparisons/NAME. It is gone on with.")
+    ] = None,
+    cores: Annotated[int | None, typer.Option("--cores", min=1, help="Cores to use; default: all.")] = None,
+    report: Annotated[bool, typer.Option("--report", help="Train nothing; report what is finished so far.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure on this machine; figures are for this machine and this moment."""
-    from deploy.bench import run_bench
-    from deploy.progress import print_facts
+    """Train methods x data sets x seeds, settings searched on a validation split; say what differs, and how surely."""
+    import os
+    import shlex
 
-    found = run_bench(name, repeats)
+    from deploy.packages import check_packages
+
+    check_packages()
+    from deploy.compare.compare import compare as run_comparison
+    from deploy.compare.compare import report_only
+    from deploy.compare.config import CompareConfig
+    from deploy.compare.report import to_text
+    from deploy.interrupts import exit_at_once_on_signals
+    from shared.config import read_config
+
+    exit_at_once_on_signals()
+    resolved = read_config(CompareConfig, config, settings)
+    place = Path(folder or f"comparisons/{resolved.name}").absolute()
+    command = shlex.join(["steppe", "compare", config, *(f"--set={setting}" for setting in settings)])
+    usable = cores or len(os.sched_getaffinity(0))
+    try:
+        if report:
+            found = report_only(resolved, place, command)
+        else:
+            found = run_comparison(resolved, place, command, usable, lambda text: typer.echo(text, err=True))
+    except KeyboardInterrupt:
+        typer.echo(f"steppe: interrupted; what is finished is kept in {place}, the same command goes on", err=True)
+        raise typer.Exit(INTERRUPTED) from None
     if as_json:
         _print_json(found)
     else:
-        print_facts({key: str(value) for key, value in found.items()})
+        typer.echo(to_text(found))
+        typer.echo(f"kept in {place}: report.md, results.json, plots")
+
+
+@app.command()
+def bench(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="recovery: kill -9 of the only scorer to rows of its successor. "
+            "flat: what still tells samples apart when all losses have become small."
+        ),
+    ],
+    repeats: Annotated[
+        int | None,
+        typer.Option(
+            min=1, show_default="recovery 20, flat 12", help="How often to measure; flat: along one training."
+        ),
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="flat: draw it too, .png, .svg or .pdf.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure on this machine; figures are for this machine and this moment."""
+    from deploy.bench import find_bench, run_bench
+
+    found = run_bench(name, repeats, plot)
+    if as_json:
+        _print_json(found)
+    else:
+        find_bench(name).show(found)
 
 
 @app.command()

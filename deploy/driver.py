@@ -139,7 +139,7 @@ class _Session:
             result = self._train(scoring)
             self._news.pause()
             self._close_publisher()
-        summary = summarise(self._run, result, self._publisher, scoring, self._config.scoring.mode)
+        summary = summarise(self._run, result, self._publisher, scoring, self._config.scoring)
         summary["seconds"] = round(time.perf_counter() - began, 3)
         self._run.write("summary.json", summary)
         self._events.append("finished", step=summary["steps"], test_accuracy=summary["test_accuracy"])
@@ -267,7 +267,7 @@ def _train_config(config: RunConfig) -> "TrainConfig":
     """In shadow mode scores are made and shown, and every sample is drawn alike."""
     if config.scoring.mode != "shadow":
         return config.train
-    curriculum = config.train.curriculum.model_copy(update={"name": "uniform"})
+    curriculum = config.train.curriculum.model_copy(update={"name": "uniform", "guard": "none"})
     return config.train.model_copy(update={"curriculum": curriculum})
 
 

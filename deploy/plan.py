@@ -8,7 +8,6 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deploy.config import RunConfig
@@ -16,7 +15,7 @@ from deploy.doctor import ray_cpus, why_unwritable
 from deploy.progress import print_facts
 from services.server import bind
 from shared.config import DataConfig
-from shared.datasets import Dataset, load_dataset
+from shared.datasets import FETCHED, Dataset, fetched, load_dataset
 from shared.errors import ConfigError, DatasetMissing
 from shared.freshness import DEFAULT_BOUND_PASSES, DEFAULT_BOUND_VERSIONS
 from shared.storage import local_path
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 MEASURE_S = 1.5
-DOWNLOADS = "~/.cache/steppe"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +57,7 @@ def plan(config: RunConfig) -> dict[str, Any]:
         *untrainable(config, measured.num_samples),
         *place_misfit(config),
     ]
-    if not _scores_inside(config):
+    if _scores_beside(config):
         misfits += blocks_misfit(config, measured.num_samples)
         misfits += scorers_misfit(config, ray_cpus(), measured.gpus)
         misfits += freshness_misfit(config, facts)
@@ -79,7 +77,7 @@ def measure(config: RunConfig) -> Measured:
         trainer_device, misfits = _trainer_device(config)
         threads = config.train.threads or torch.get_num_threads()
         scorer_device, scorer_threads = trainer_device, threads
-        if not _scores_inside(config):
+        if _scores_beside(config):
             on_gpu = config.scoring.gpus > 0 and torch.cuda.is_available()
             scorer_device, scorer_threads = torch.device("cuda" if on_gpu else "cpu"), config.scoring.threads
         return Measured(
@@ -100,7 +98,7 @@ def reckon(config: RunConfig, measured: Measured) -> dict[str, Any]:
     num_samples, epochs = measured.num_samples, config.train.epochs
     epoch_steps = math.ceil(num_samples / config.train.batch_size)
     inside = _scores_inside(config)
-    scorers = 1 if inside else config.scoring.replicas
+    scorers = 1 if inside else config.scoring.replicas * _scores_beside(config)
     pass_seconds = num_samples / (measured.samples_per_second * scorers) if scorers else None
     training_seconds = epochs * epoch_steps / measured.steps_per_second
     between = config.train.publish_every_steps / measured.steps_per_second
@@ -131,6 +129,8 @@ def would_start(config: RunConfig, measured: Measured) -> list[dict[str, Any]]:
     trainer = {"cpus": measured.trainer_threads, "gpus": int(measured.trainer_device == "cuda")}
     if _scores_inside(config):
         return [{"process": "trainer with scorer, controller and REST service (the driver)", "count": 1, **trainer}]
+    if not _scores_beside(config):
+        return [{"process": "trainer (the driver)", "count": 1, **trainer}]
     scoring = config.scoring
     return [
         {"process": "trainer (in the driver)", "count": 1, **trainer},
@@ -167,15 +167,15 @@ def print_plan(plan: dict[str, Any]) -> None:
 
 def local_dataset(config: DataConfig) -> Dataset:
     """The data set as it is on this machine: with `download` what was fetched before, but nothing is fetched now."""
-    if not config.download:
+    if not config.download or config.name not in FETCHED:
         return load_dataset(config)
-    folder = Path(config.root or DOWNLOADS).expanduser() / "FashionMNIST" / "raw"
+    local = fetched(config)
     try:
-        return load_dataset(config.model_copy(update={"download": False, "root": str(folder)}))
+        return load_dataset(local)
     except DatasetMissing:
         raise DatasetMissing(
-            f"{config.name} is not yet in {folder}, where a run would fetch it to (data.download = true); start the "
-            "run, or put the files there"
+            f"{config.name} is not yet in {local.root}, where a run would fetch it to (data.download = true); start "
+            "the run, or put the files there"
         ) from None
 
 
@@ -185,11 +185,12 @@ def scorer_rate(config: RunConfig, dataset: Dataset, model: "nn.Module", device:
 
     from scorer.adm import score_batch
     from scorer.worker import build_attack
+    from shared.models import place
 
     torch.set_num_threads(threads)
     batches = _Batches(dataset, min(config.scoring.batch_size, config.controller.block_size), device)
     attack = build_attack(config.scoring.attack)
-    model.to(device).eval()
+    place(model, device).eval()
     tf32 = torch.backends.cudnn.allow_tf32
     torch.backends.cudnn.allow_tf32 = False  # as scorers do
     try:
@@ -205,12 +206,13 @@ def trainer_rate(
     import torch
     from torch import nn
 
+    from shared.models import place
     from trainer.loop import build_optimizer
     from trainer.sam import sam_step
 
     torch.set_num_threads(threads)
     batches = _Batches(dataset, config.train.batch_size, device)
-    optimizer = build_optimizer(config.train, model.to(device).train())
+    optimizer = build_optimizer(config.train, place(model, device).train())
     loss_fn = nn.CrossEntropyLoss()
     return 1 / _median_seconds(lambda: sam_step(model, optimizer, loss_fn, *batches.next()), device)
 
@@ -328,8 +330,13 @@ def _median_seconds(work: Callable[[], object], device: "torch.device") -> float
 
 
 def _scores_inside(config: RunConfig) -> bool:
-    """Whether the trainer itself scores; then there is no Ray."""
+    """Whether the trainer itself scores."""
     return config.scoring.mode == "every_epoch"
+
+
+def _scores_beside(config: RunConfig) -> bool:
+    """Whether scorers of their own do; else there is no Ray."""
+    return config.scoring.mode in ("async", "shadow")
 
 
 def _trainer_device(config: RunConfig) -> "tuple[torch.device, list[str]]":

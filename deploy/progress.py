@@ -13,6 +13,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 logger = logging.getLogger(__name__)
 
 LIVE_INTERVAL_S = 0.25
+ABOUT_SCORES = (
+    "scores",
+    "draws fresh / stale / unscored",
+    "age of drawn scores",
+    "fidelity",
+    "weights to first score",
+    "quarantined rows",
+)
 
 
 class Display:
@@ -97,6 +105,8 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         "draws fresh / stale / unscored": f"{shares} (stale beyond {summary['staleness_bound']} versions)",
         "age of drawn scores": f"median {_number(summary['age_versions_p50'], '.0f')}, "
         f"95 % {_number(summary['age_versions_p95'], '.0f')} versions",
+        "fidelity": f"mean {_number(summary['fidelity_mean'], '.3f')}, least {_number(summary['fidelity_min'], '.3f')} "
+        f"of {summary['audits']} audits",
         "trainer time in steppe": f"{overhead:.3f} s ({share:.2%})"
         + (f", and {scoring:.1f} s scoring" if scoring else ""),
         "weights to first score": f"median {_number(summary['seconds_to_first_score_p50'], '.2f')} s, "
@@ -104,7 +114,8 @@ def print_summary(summary: Mapping[str, Any]) -> None:
         "quarantined rows": str(summary["quarantined_rows"]),
         "run folder": summary["run_folder"],
     }
-    print_facts(rows)
+    unscored = () if summary["scored_rows"] else ABOUT_SCORES
+    print_facts({name: text for name, text in rows.items() if name not in unscored})
 
 
 def print_status(stats: Mapping[str, Any], scorers: Mapping[str, Any]) -> None:
@@ -127,6 +138,7 @@ def status_facts(stats: Mapping[str, Any], scorers: Mapping[str, Any]) -> dict[s
         "scores": f"{stats['scored_rows']} rows, coverage {stats['coverage']:.1%}, {rate} samples/s",
         "fresh / stale / unscored": f"{counts['fresh']} / {counts['stale']} / {counts['unscored']} "
         f"(stale beyond {stats['staleness_bound']} versions)",
+        "fidelity": _number((stats["fidelity"] or {}).get("latest"), ".3f"),
         "age of scores": f"median {_number(stats['age_versions_p50'], '.0f')}, "
         f"95 % {_number(stats['age_versions_p95'], '.0f')} versions",
         "scorers": f"{scorers['alive']} alive, {scorers['wanted']} wanted",

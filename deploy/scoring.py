@@ -57,6 +57,11 @@ def open_scoring(
     stopped: Callable[[], bool],
 ) -> Iterator[Scoring]:
     """Scoring as `scoring.mode` says, with a REST service beside it; `runtime` is told where its processes are."""
+    if config.scoring.mode == "off":
+        from trainer.feed import NoScores
+
+        yield Scoring(NoScores(run.num_samples), {}, dict)
+        return
     if config.scoring.mode == "every_epoch":
         opened = _inside_training(config, run, dataset, publisher, runtime, say, stopped)
     else:
@@ -107,6 +112,8 @@ def _beside_training(
             ScoreFeed(
                 run.path,
                 run.num_samples,
+                config.train.curriculum.measure,
+                memory=config.train.curriculum.memory,
                 refresh_interval_s=config.train.curriculum.refresh_interval_s,
                 newest_version=lambda: publisher.newest_version,
             )
@@ -132,7 +139,12 @@ def _actors(config: RunConfig, run: Run, runtime: RuntimeFile, say: Say) -> "Ite
     uri, scoring, events = str(run.path), config.scoring, Events(run.path)
     remote: Any = ray.remote  # its stubs do not know every option
     controller: Handle = remote(num_cpus=0, max_restarts=-1)(ControllerActor).remote(
-        uri, run.num_samples, scoring.scoring_id, config.controller, wanted=scoring.replicas
+        uri,
+        run.num_samples,
+        scoring.scoring_id,
+        config.controller,
+        wanted=scoring.replicas,
+        measure=config.train.curriculum.measure,
     )
     scorer = remote(num_cpus=scoring.cpus, num_gpus=scoring.gpus, max_concurrency=3)(ScorerActor)
     rest = remote(num_cpus=0, max_concurrency=4)(RestActor)

@@ -14,48 +14,71 @@ from shared.score_store import ScoreReader
 
 if TYPE_CHECKING:
     from deploy.scoring import Scoring
+    from scorer.config import ScoringConfig
     from shared.checkpoints import CheckpointPublisher
     from trainer.loop import TrainResult
 
 
 def summarise(
-    run: Run, result: "TrainResult", publisher: "CheckpointPublisher", scoring: "Scoring", mode: str
+    run: Run, result: "TrainResult", publisher: "CheckpointPublisher", scoring: "Scoring", config: "ScoringConfig"
 ) -> dict[str, Any]:
-    """Shares are of all draws; ages are those of the draws, in versions; seconds are those of the last attempt."""
-    reader = ScoreReader(run.scores_uri)
+    """Shares are of all draws; ages are those of the draws, in versions; seconds are those of the last attempt.
+
+    Forward equivalents are passes of one sample through the network, a backward pass to the weights being two and one
+    to the input one. Fidelity is the rank correlation of the scores in use with those of the newest weights.
+    """
     draws = result.sampler.draws
-    version_N = reader.dense("model_version")
     latency_50, latency_95 = first_score_latency(publisher.published_at, scoring.first_seen)
+    status = scoring.status()
+    fidelity = status.get("fidelity") or {}
+    stored = _stored(run)
+    scored = stored["scored_rows"] + status.get("audited_rows", 0)
     return {
         "test_accuracy": result.test_accuracy,
         "steps": result.steps,
         "attempts": len(attempts(run.path)),
-        "scoring_mode": mode,
+        "scoring_mode": config.mode,
         "model_versions_published": sum(event["event"] == "published" for event in read_events(run.path)),
-        "model_versions_scored": int(reader.metadata.get("model_versions_scored", 0)),
-        "scored_rows": reader.rows,
-        "coverage": float((version_N >= 0).mean()),
+        **stored,
         "age_versions_p50": draws.age_quantile(0.5),
         "age_versions_p95": draws.age_quantile(0.95),
         "draws_fresh": draws.fresh / max(draws.total, 1),
         "draws_stale": draws.stale / max(draws.total, 1),
         "draws_unscored": draws.unscored / max(draws.total, 1),
-        "staleness_bound": staleness_bound(reader.metadata),
+        "fidelity_mean": fidelity.get("mean"),
+        "fidelity_min": fidelity.get("min"),
+        "audits": fidelity.get("count", 0),
         "seconds_to_first_score_p50": latency_50,
         "seconds_to_first_score_p95": latency_95,
-        "scorer_samples_per_second": scoring.status().get("samples_per_second_mean"),
+        "scorer_samples_per_second": status.get("samples_per_second_mean"),
+        "trainer_forward_equivalents": result.forward_equivalents,
+        "scorer_forward_equivalents": scored * config.attack.forward_equivalents,
         "trainer_seconds_in_publish": round(result.seconds_in_publish, 6),
         "trainer_seconds_in_sampler": round(result.seconds_in_sampler, 6),
         "trainer_seconds_in_save": round(result.seconds_in_save, 6),
         "trainer_seconds_in_scoring": round(result.seconds_in_scoring, 6),
         "trainer_seconds_total": round(result.seconds, 6),
-        "quarantined_rows": int(reader.metadata.get("quarantined_rows", 0)),
         "checkpoints_failed": publisher.failed,
         "checkpoints_superseded": publisher.skipped,
         "states_failed": result.states_failed,
         "scores_unreadable": scoring.unreadable(),
-        "reports": dict(reader.metadata.get("reports", {})),
         "run_folder": str(run.path),
+    }
+
+
+def _stored(run: Run) -> dict[str, Any]:
+    """What the score store holds; nothing where nothing is scored."""
+    if not (run.scores_uri / "store.json").exists():
+        nothing = ("model_versions_scored", "scored_rows", "coverage", "quarantined_rows")
+        return dict.fromkeys(nothing, 0) | {"staleness_bound": None, "reports": {}}
+    reader = ScoreReader(run.scores_uri)
+    return {
+        "model_versions_scored": int(reader.metadata.get("model_versions_scored", 0)),
+        "scored_rows": reader.rows,
+        "coverage": float((reader.dense("model_version") >= 0).mean()),
+        "quarantined_rows": int(reader.metadata.get("quarantined_rows", 0)),
+        "staleness_bound": staleness_bound(reader.metadata),
+        "reports": dict(reader.metadata.get("reports", {})),
     }
 
 

@@ -4,9 +4,10 @@ import hashlib
 import json
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from shared.config import Config
+from shared.errors import ConfigError
 from shared.leases import MAX_REPLICAS
 
 
@@ -19,16 +20,23 @@ class AttackConfig(Config):
     steps: int = Field(default=7, ge=1)
     step_size: float | None = Field(default=None, gt=0, allow_inf_nan=False)
 
+    @property
+    def forward_equivalents(self) -> int:
+        """What scoring one sample costs in forward passes: one of each kind per step, and one at the end."""
+        return 2 * (1 if self.name == "fgsm" else self.steps) + 1
+
 
 class ScoringConfig(Config):
     """When and how samples are scored, how many scorers run and what each may use.
 
     `mode`: "async" scores beside the training, which never waits; "every_epoch" scores inside it, before each epoch but
-    the first, so that draws follow from the seed alone; "shadow" scores beside it and trains uniformly. A scorer
-    without a GPU runs at nice 19 and asks Ray for `cpus`, a fraction of a CPU.
+    the first, so that draws follow from the seed alone; "shadow" scores beside it and trains uniformly; "off" scores
+    nothing. A scorer without a GPU runs at nice 19 and asks Ray for `cpus`, a fraction of a CPU. `delay_versions` is
+    for experiments in the mode every_epoch: draws follow scores that are so many versions old.
     """
 
-    mode: Literal["async", "every_epoch", "shadow"] = "async"
+    mode: Literal["async", "every_epoch", "shadow", "off"] = "async"
+    delay_versions: int = Field(default=0, ge=0, le=1024)
     replicas: int = Field(default=1, ge=0, le=MAX_REPLICAS)
     cpus: float = Field(default=0.25, ge=0)
     gpus: float = Field(default=0, ge=0)
@@ -36,6 +44,15 @@ class ScoringConfig(Config):
     batch_size: int = Field(default=256, ge=1)
     poll_interval_s: float = Field(default=0.05, gt=0)
     attack: AttackConfig = AttackConfig()
+
+    @model_validator(mode="after")
+    def _delays_what_it_can(self) -> "ScoringConfig":
+        if self.delay_versions and self.mode != "every_epoch":
+            raise ConfigError(
+                f"scoring.delay_versions is {self.delay_versions} in the mode {self.mode}, but only every_epoch can "
+                "delay; set scoring.mode to that, or leave it out"
+            )
+        return self
 
     @property
     def scoring_id(self) -> str:

@@ -23,6 +23,7 @@ from scorer.config import AttackConfig
 from shared.checkpoints import Checkpoint, load, stable
 from shared.errors import CheckpointGone, DataError, ServiceError, StateError
 from shared.leases import Lease
+from shared.models import place
 from shared.schema import SCORE_SCHEMA
 
 logger = logging.getLogger(__name__)
@@ -95,7 +96,7 @@ class Worker:
         self._run_uri = run_uri
         self._leases = leases
         self._batches = batches
-        self._model = model.to(device).eval()
+        self._model = place(model, torch.device(device)).eval()
         self._attack = attack
         self._scorer = BatchScorer(self._measure, batch_size, lambda how: self._report("batch_halved", how))
         self._poll_interval_s = poll_interval_s

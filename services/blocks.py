@@ -103,7 +103,8 @@ class BlockTable:
 
     def block_of(self, sample_ids: npt.NDArray[np.int64]) -> int | None:
         """The block that consists of these samples; None when they are not a whole block."""
-        block = int(self._block_of[sample_ids[0]]) if len(sample_ids) else -1
+        first = int(sample_ids[0]) if len(sample_ids) else -1
+        block = int(self._block_of[first]) if 0 <= first < len(self._block_of) else -1
         whole = block >= 0 and np.array_equal(np.sort(self.ids(block)), np.sort(sample_ids))
         return block if whole else None
 

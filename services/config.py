@@ -6,13 +6,17 @@ from shared.config import Config
 
 
 class ControllerConfig(Config):
-    """Blocks, leases, commits. `store_versions` is how many store versions stay readable."""
+    """Blocks, leases, commits. `store_versions` is how many store versions stay readable.
+
+    `audit_share` of the samples, at least 128, are scored at every version to measure what staleness costs; 0: none.
+    """
 
     block_size: int = Field(default=256, ge=1)
     lease_timeout_s: float = Field(default=60.0, gt=0)
     commit_interval_s: float = Field(default=0.2, gt=0)
     store_versions: int = Field(default=256, ge=1)
     permutation_seed: int = Field(default=0, ge=0)
+    audit_share: float = Field(default=0.01, ge=0, le=1)
 
 
 class RestConfig(Config):

@@ -7,6 +7,7 @@ decisions out, REST calls `status` and `set_wanted`. Commits run in a thread of 
 import collections
 import dataclasses
 import logging
+import math
 import os
 import threading
 import time
@@ -15,17 +16,20 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
+from services.audit import Audit, comparable, fidelity
 from services.blocks import BlockTable
 from services.config import ControllerConfig
 from services.passes import Passes
 from services.quarantine import Quarantine
 from shared.attempts import abandoned
-from shared.errors import ConfigError, Fenced, ServiceError
+from shared.errors import ConfigError, Fenced, ServiceError, SteppeError
 from shared.events import Events
 from shared.freshness import ABANDONED, age_versions
 from shared.leases import MAX_REPLICAS, Lease
+from shared.measures import find_measure
 from shared.schema import FLOAT_COLUMNS
 from shared.score_store import ScoreReader, ScoreWriter
 from shared.storage import Folder, local_path
@@ -36,6 +40,7 @@ EVENT_INTERVAL_S = 1.0
 NOT_FINITE = "a measured value is not finite"
 RATE_WINDOW_S = 10.0
 ATTEMPTS_AT_CLOSE = 5
+NAME = "controller"  # in its own reports
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +71,18 @@ class Controller:
         num_samples: N.
         scoring_id: what makes rows comparable; the store's must be the same.
         wanted: scorers to begin with; a restarted controller takes the last wish from the store.
+        measure: that audits compare; `adm` in place of one that a row alone has no value of.
     """
 
     def __init__(
-        self, run_uri: str, num_samples: int, scoring_id: str, config: ControllerConfig, *, wanted: int = 1
+        self,
+        run_uri: str,
+        num_samples: int,
+        scoring_id: str,
+        config: ControllerConfig,
+        *,
+        wanted: int = 1,
+        measure: str = "adm",
     ) -> None:
         self._config = config
         self._run = Folder(local_path(run_uri))
@@ -92,6 +105,16 @@ class Controller:
         self._submitted: list[tuple[int, int, int]] = []  # lease, block, model_version of rows not yet committed
         self._work_pending = False  # rows, or notes, that are not committed
         self._passes = Passes(len(self._blocks), reader.metadata)
+        self._audit = Audit(num_samples, config.audit_share, config.permutation_seed, reader.metadata.get("fidelity"))
+        self._audit.pass_over(int(reader.metadata.get("newest_scored_version", 0)))  # its rows are in the store already
+        self._audit_timeout_s = config.lease_timeout_s * max(1.0, len(self._audit) / config.block_size)
+        rule = find_measure(measure)
+        self._measure = rule if rule.of_one_row else find_measure("adm")
+        self._audit_reader: ScoreReader | None = None
+        self._auditing = threading.Lock()
+        self._audited_rows = 0
+        self._audit_untold: dict[str, Any] = {}
+        self._audit_told_at = -math.inf
         self._quarantine.count = int(reader.metadata.get("quarantined_rows", 0))
         self._told, self._told_at = (self._writer.version, self._writer.rows), 0.0
         self._rates: collections.deque[tuple[float, int]] = collections.deque()
@@ -115,7 +138,7 @@ class Controller:
             self._scorers.setdefault(scorer_id, known)
 
     def lease(self, scorer_id: str, model_version: int, pid: int = 0) -> Lease | None:
-        """A block not yet scored at `model_version`; None when there is none now.
+        """The audit's samples, or a block not yet scored at `model_version`; None when there is none now.
 
         A scorer that registered with an earlier life of this controller is registered again.
         """
@@ -123,8 +146,12 @@ class Controller:
             self._check()
             self.register(scorer_id, pid)
             self._scorers[scorer_id]["model_version"] = model_version
-            self._first_lease = self._first_lease or time.monotonic()
-            return self._blocks.lease(scorer_id, model_version, time.monotonic(), self._config.lease_timeout_s)
+            now = time.monotonic()
+            self._first_lease = self._first_lease or now
+            if not self._writer.rows:
+                self._audit.pass_over(model_version)
+            audit = self._audit.lease(scorer_id, model_version, now, self._audit_timeout_s)
+            return audit or self._blocks.lease(scorer_id, model_version, now, self._config.lease_timeout_s)
 
     def submit(
         self, scorer_id: str, lease_id: int, rows: pa.Table, failed: Mapping[int, str] = MappingProxyType({})
@@ -132,24 +159,26 @@ class Controller:
         """Rows of a lease. Rows of an expired lease are welcome too: the store keeps the latest whoever scored it.
 
         Non-finite rows go to quarantine, counted, and never to the store; `failed` holds the reasons of those samples
-        that could not be scored at all.
+        that could not be scored at all. Rows of an audit go nowhere: they are compared with the store's.
         """
+        version = int(rows.column("model_version")[0].as_py()) if rows.num_rows else 0
         with self._lock:
             self._check()
-            finite = np.ones(rows.num_rows, dtype=bool)
-            for name in FLOAT_COLUMNS:
-                finite &= np.isfinite(rows.column(name).to_numpy())
-            if not finite.all():
-                self._put_in_quarantine(scorer_id, rows.filter(pa.array(~finite)), failed)
-            self._writer.append(rows.filter(pa.array(finite)))
-            block = self._blocks.block_of(rows.column("sample_id").to_numpy())
-            if block is not None:  # also of a lease that has expired, or that an earlier controller gave
-                version = int(rows.column("model_version")[0].as_py())
+            ids = rows.column("sample_id").to_numpy()
+            block = self._blocks.block_of(ids)
+            is_audit = self._audit.submitted(lease_id, ids, version, is_block=block is not None)
+            if is_audit:
+                self._audited_rows += rows.num_rows
+            else:
+                self._take(scorer_id, rows, failed)
+            if block is not None and not is_audit:  # also of a lease that has expired, or that an earlier life gave
                 self._blocks.submitted(lease_id, block, scorer_id)
                 self._submitted.append((lease_id, block, version))
                 self._passes.scored(block, version)
             self._count(scorer_id, rows.num_rows)
             self._wake()
+        if is_audit:
+            self._compare(rows, version)
 
     def report(self, scorer_id: str, event: str, detail: str) -> None:
         """Something that people should hear of, such as a checkpoint that was skipped; counted by its name."""
@@ -162,7 +191,7 @@ class Controller:
     def release(self, scorer_id: str) -> int:
         """A scorer hands back its leases; returns how many."""
         with self._lock:
-            return self._blocks.release(scorer_id)
+            return self._blocks.release(scorer_id) + self._audit.release(scorer_id)
 
     # -- driver ----------------------------------------------------------------------------------------------------
 
@@ -171,7 +200,7 @@ class Controller:
         with self._lock:
             self._check()
             for gone in set(self._scorers) - set(alive):
-                self._blocks.release(gone)
+                self.release(gone)
                 del self._scorers[gone]
             surplus = len(alive) - self._wanted
             if surplus < 0:
@@ -195,13 +224,15 @@ class Controller:
                 "wanted": self._wanted,
                 "scorers": [dict(scorer) for scorer in self._scorers.values()],
                 "blocks": len(self._blocks),
-                "leased": self._blocks.leased,
-                "leases_expired": self._blocks.expired,
+                "leased": self._blocks.leased + self._audit.leased,
+                "leases_expired": self._blocks.expired + self._audit.expired,
                 "oldest_block_version": self._blocks.oldest_version,
                 "store_version": self._writer.version,
                 "rows_received": self._received,
                 "samples_per_second": self._rate(),
                 "samples_per_second_mean": self._received / max(self._last_submit - self._first_lease, 1e-9),
+                "audited_rows": self._audited_rows,
+                "fidelity": self._audit.notes(),
                 "quarantined_rows": self._quarantine.count,
                 "reports": dict(self._reports),
                 "trouble": str(self._failure or self._trouble or "") or None,
@@ -245,6 +276,7 @@ class Controller:
                 if closing:
                     self._writer.close()
                     self._tell_commits(at_least_after_s=0.0)
+                    self._tell_audits(at_least_after_s=0.0)
                     return
             except OSError as error:  # such as a full disk: the rows are still pending
                 logger.exception("a commit failed, it is tried again")
@@ -276,9 +308,12 @@ class Controller:
                     "quarantined_rows": self._quarantine.count,
                     "reports": dict(self._reports),
                 }
+                if (audits := self._audit.notes()) is not None:
+                    notes["fidelity"] = audits
             self._quarantine.save()
             self._writer.commit(notes)
             self._tell_commits(at_least_after_s=EVENT_INTERVAL_S)
+            self._tell_audits(at_least_after_s=EVENT_INTERVAL_S)
             with self._lock:
                 self._trouble = None
                 self._blocks.committed(submitted)
@@ -295,6 +330,53 @@ class Controller:
                 commits=self._told[0] - version,
                 rows=self._told[1] - rows,
             )
+
+    def _tell_audits(self, at_least_after_s: float) -> None:
+        """One line in the diary for the latest audit; what one before it said is in the notes' mean, min and count."""
+        with self._lock:
+            if not self._audit_untold or time.monotonic() - self._audit_told_at < at_least_after_s:
+                return
+            facts, self._audit_untold, self._audit_told_at = self._audit_untold, {}, time.monotonic()
+        self._events.append("audited", **facts)
+
+    def _compare(self, rows: pa.Table, version: int) -> None:
+        """Fresh rows of the audit's samples with the committed ones: outside the lock, since it reads the store."""
+        with self._auditing:
+            if not self._audit.is_news(version):
+                return
+            try:
+                if self._audit_reader is None:
+                    self._audit_reader = ScoreReader(self._run.path / "scores")
+                self._audit_reader.refresh()
+                known = self._audit_reader.lookup(self._audit.compared_ids)
+            except (OSError, SteppeError) as error:
+                self.report(NAME, "audit_skipped", f"version {version}: the score store cannot be read: {error}")
+                return
+            store_value_S = self._values(known)
+            store_version_S = known.column("model_version").fill_null(-1).to_numpy()
+            rows = rows.sort_by("sample_id")  # as the audit's ids are
+            fresh_value_A = np.where(_is_finite(rows), self._values(rows), np.nan)
+            value = fidelity(store_value_S, store_version_S, fresh_value_A)
+            samples = int(comparable(store_value_S, store_version_S, fresh_value_A).sum())
+            with self._lock:
+                self._audit.compared(version, value)
+                if value is None:
+                    logger.info("version %d cannot be audited: %d comparable samples", version, samples)
+                else:
+                    self._audit_untold = {"model_version": version, "fidelity": value, "samples": samples}
+                self._wake()
+        self._tell_audits(at_least_after_s=EVENT_INTERVAL_S)
+
+    def _values(self, rows: pa.Table) -> npt.NDArray[np.float64]:
+        columns = {name: rows.column(name).to_numpy() for name in self._measure.columns}
+        return np.asarray(self._measure.rank(columns), dtype=np.float64)
+
+    def _take(self, scorer_id: str, rows: pa.Table, failed: Mapping[int, str]) -> None:
+        """Finite rows for the store, the others for the quarantine."""
+        finite = _is_finite(rows)
+        if not finite.all():
+            self._put_in_quarantine(scorer_id, rows.filter(pa.array(~finite)), failed)
+        self._writer.append(rows.filter(pa.array(finite)))
 
     def _wake(self) -> None:
         self._work_pending = True
@@ -325,3 +407,10 @@ class Controller:
         if not self._rates:
             return 0.0
         return sum(rows for _, rows in self._rates) / max(now - self._rates[0][0], 1.0)
+
+
+def _is_finite(rows: pa.Table) -> npt.NDArray[np.bool_]:
+    finite = np.ones(rows.num_rows, dtype=bool)
+    for name in FLOAT_COLUMNS:
+        finite &= np.isfinite(rows.column(name).to_numpy())
+    return finite

@@ -1,6 +1,7 @@
 """Questions about difficulty, answered from a run's files alone. REST handlers, the CLI and notebooks share them."""
 
 import dataclasses
+import math
 import threading
 import time
 from typing import Any
@@ -15,18 +16,21 @@ from shared.checkpoints import newest, stable
 from shared.errors import StoreError
 from shared.events import EventFollower, last_events
 from shared.freshness import ABANDONED, age_versions, staleness_bound, statuses
-from shared.measures import MEASURES, find_measure, percentiles
+from shared.measures import MEASURES, find_measure
 from shared.score_store import ScoreReader
+from shared.tracking import Tracker
 
 AGE_QUANTILES = (0.5, 0.95)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Percentiles:
-    """Percentiles of one measure at one store version."""
+@dataclasses.dataclass
+class _Measured:
+    """One measure of all samples at one store version; measures over versions count from when it was first asked."""
 
-    version: int
-    value_N: npt.NDArray[np.float64]
+    tracker: Tracker
+    version: int = -1
+    value_N: npt.NDArray[np.float64] = dataclasses.field(default_factory=lambda: np.zeros(0))
+    percentile_N: npt.NDArray[np.float64] = dataclasses.field(default_factory=lambda: np.zeros(0))
 
 
 class Difficulty:
@@ -38,7 +42,7 @@ class Difficulty:
     def __init__(self, run: Run) -> None:
         self.run = run
         self._reader: ScoreReader | None = None
-        self._percentiles: dict[str, _Percentiles] = {}
+        self._measured: dict[str, _Measured] = {}
         self._diary = EventFollower(run.path)
         self._epoch: dict[str, Any] | None = None
         self._lock = threading.RLock()  # an answer is made whole before the next one refreshes
@@ -64,11 +68,7 @@ class Difficulty:
             row = reader.lookup([sample_id])
             columns = self._describe(reader, row, "adm")
             scored = columns["status"][0] != "unscored"
-            measures = {
-                name: rule.show({column: row.column(column).to_numpy() for column in rule.columns}).item()
-                for name, rule in MEASURES.items()
-                if scored
-            }
+            measures = {name: self._value(reader, row, name) for name in MEASURES if scored}
             about = self.run.samples().slice(sample_id, 1).to_pylist()[0]
             facts = {key: value[0] for key, value in columns.items() if isinstance(value, list)}
             shared = {key: value for key, value in columns.items() if not isinstance(value, list)}
@@ -105,6 +105,7 @@ class Difficulty:
                 "model_versions_scored": int(reader.metadata.get("model_versions_scored", 0)),
                 "quarantined_rows": int(reader.metadata.get("quarantined_rows", 0)),
                 "reports": dict(reader.metadata.get("reports", {})),
+                "fidelity": reader.metadata.get("fidelity"),
                 "attempts": len(attempts(self.run.path)),
                 "training": self._last_epoch(),
             }
@@ -151,8 +152,8 @@ class Difficulty:
         age_B = age_versions(version_B, newest_version, abandoned(self.run.path))
         scored_B = version_B >= 0
         dated_B = scored_B & (age_B < ABANDONED)  # scores that a resumed trainer left behind are stale and have no age
-        value_B = rule.show({name: rows.column(name).to_numpy() for name in rule.columns})
-        percentile_B = self._percentiles_of(reader, measure)[rows.column("sample_id").to_numpy()]
+        measured, id_B = self._measure(reader, measure), rows.column("sample_id").to_numpy()
+        value_B, percentile_B = measured.value_N[id_B], measured.percentile_N[id_B]
         step_B = rows.column("step").fill_null(-1).to_numpy()
         return {
             "measure": measure,
@@ -161,8 +162,8 @@ class Difficulty:
             "newest_model_version": newest_version,
             "staleness_bound": staleness_bound(reader.metadata),
             "sample_id": rows.column("sample_id").to_pylist(),
-            "value": _nullable(value_B, scored_B),
-            "percentile": _nullable(percentile_B, scored_B),
+            "value": _nullable(value_B, ~np.isnan(value_B)),
+            "percentile": _nullable(percentile_B, ~np.isnan(percentile_B)),
             "status": statuses(age_B, staleness_bound(reader.metadata)).tolist(),
             "age_versions": _nullable(age_B, dated_B),
             "age_steps": _nullable(np.maximum((checkpoint.step if checkpoint else 0) - step_B, 0), dated_B),
@@ -170,14 +171,20 @@ class Difficulty:
             "step": _nullable(step_B, scored_B),
         }
 
-    def _percentiles_of(self, reader: ScoreReader, measure: str) -> npt.NDArray[np.float64]:
-        known = self._percentiles.get(measure)
-        if known is None or known.version != reader.version:
-            rule = find_measure(measure)
-            value_N = rule.rank({name: reader.dense(name) for name in rule.columns})
-            known = _Percentiles(reader.version, percentiles(value_N, reader.dense("model_version")))
-            self._percentiles[measure] = known
-        return known.value_N
+    def _value(self, reader: ScoreReader, row: pa.Table, measure: str) -> float | None:
+        """One sample's value; None where it has none, such as of a measure over versions after one version."""
+        rule = find_measure(measure)
+        if rule.of_one_row:
+            return float(rule.show({name: row.column(name).to_numpy() for name in rule.columns})[0])
+        value = float(self._measure(reader, measure).value_N[row.column("sample_id")[0].as_py()])
+        return None if math.isnan(value) else value
+
+    def _measure(self, reader: ScoreReader, measure: str) -> _Measured:
+        measured = self._measured.setdefault(measure, _Measured(Tracker(measure)))
+        if measured.version != reader.version:
+            measured.value_N, measured.percentile_N = measured.tracker.update(reader)
+            measured.version = reader.version
+        return measured
 
 
 def _nullable(values: npt.NDArray[Any], valid: npt.NDArray[np.bool_]) -> list[Any]:

@@ -1,7 +1,7 @@
 """The catalogue: a run's folder, who it belongs to, and where its processes answer.
 
 run.json        run id, data set fingerprint, N, resolved configuration, scoring_id; written once
-samples.arrow   sample_id, key, label of every sample
+samples.arrow   sample_id, key, label, clean_label where known, domain of every sample
 runtime.json    REST address, driver pid, Ray's folder; there while the run is up, and after a kill
 lock            held by the driver
 token           the bearer token for changes, mode 0600
@@ -23,8 +23,8 @@ import numpy as np
 import psutil
 import pyarrow as pa
 
-from shared.datasets import Images
 from shared.errors import RunError
+from shared.samples import Samples
 from shared.schema import arrow_file
 from shared.storage import Folder, local_path
 
@@ -62,7 +62,7 @@ class Run:
 
     @classmethod
     def create(
-        cls, uri: Uri, *, dataset_fingerprint: str, train: Images, config: dict[str, Any], scoring_id: str
+        cls, uri: Uri, *, dataset_fingerprint: str, train: Samples, config: dict[str, Any], scoring_id: str
     ) -> "Run":
         """Make the folder of a new run. Raises RunError when it already holds one."""
         path = local_path(uri)
@@ -79,9 +79,7 @@ class Run:
             taken = RunError(f"{path} already holds a run; choose another folder with --set run.folder=...")
             if "run.json" in folder.names():
                 raise taken
-            ids = np.arange(len(train))
-            samples = pa.table({"sample_id": ids, "key": [str(i) for i in ids], "label": train.label_N})
-            folder.put("samples.arrow", arrow_file(samples))
+            folder.put("samples.arrow", arrow_file(_samples_table(train)))
             if not folder.create("run.json", _json(description)):  # last: what has it is whole
                 raise taken
         except OSError as error:
@@ -139,7 +137,7 @@ class Run:
             )
 
     def samples(self) -> pa.Table:
-        """sample_id, key and label of every sample."""
+        """sample_id, key, label, clean_label (null without label noise) and domain (null so far) of every sample."""
         return pa.ipc.open_file(pa.memory_map(str(self.path / "samples.arrow"))).read_all()
 
     def read(self, name: str) -> dict[str, Any] | None:
@@ -215,6 +213,20 @@ def is_running(runtime: Mapping[str, Any]) -> bool:
         )
     except (psutil.NoSuchProcess, ValueError, TypeError):
         return False
+
+
+def _samples_table(train: Samples) -> pa.Table:
+    count = len(train)
+    clean_label = pa.nulls(count, pa.int64()) if train.clean_label_N is None else train.clean_label_N
+    return pa.table(
+        {
+            "sample_id": np.arange(count),
+            "key": pa.array(train.key_N.tolist(), pa.string()),
+            "label": train.label_N,
+            "clean_label": clean_label,
+            "domain": pa.nulls(count, pa.string()),
+        }
+    )
 
 
 def _json(content: dict[str, Any]) -> bytes:

@@ -11,13 +11,14 @@ import os
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeGuard, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shared.errors import ConfigError
 
 RESNET18_WIDTH = 64
+DEFAULT_IMAGE_SIZE = 64
 
 
 class Config(BaseModel):
@@ -27,18 +28,38 @@ class Config(BaseModel):
 
 
 class DataConfig(Config):
-    """Which images. `root` is a folder of the data set's files where it has any; `subset` keeps the first n ids."""
+    """Which images.
 
-    name: Literal["digits", "fashion_mnist"] = "digits"
+    `root` is a folder of the data set's files where it has any; `image_size` is the side in pixels to which an
+    image_folder's images are brought (default 64). `validation` holds out so many training images and evaluates on them
+    instead of the test split; `subset` keeps the first n ids of the others. `label_noise` is the share of the training
+    and validation labels that become another class, drawn by `noise_seed`.
+    """
+
+    name: Literal["digits", "fashion_mnist", "mnist_5k", "cifar10", "cifar100", "image_folder"] = "digits"
     root: str | None = None
     download: bool = False
+    image_size: int | None = Field(default=None, ge=8, le=1024)
+    validation: int | None = Field(default=None, ge=1)
     subset: int | None = Field(default=None, ge=2)
+    label_noise: float = Field(default=0.0, ge=0, le=0.9)
+    noise_seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _has_its_size(self) -> "DataConfig":
+        if self.name != "image_folder" and self.image_size is not None:
+            raise ConfigError(
+                f"data.image_size is {self.image_size}, but only image_folder has a size to choose, {self.name} has "
+                "its own; leave it out"
+            )
+        return self
 
 
 class ModelConfig(Config):
-    """Which network; `width` is the number of channels of its first layer (default: 32, for resnet18 64)."""
+    """Which network; `width` is the number of channels of its first layer (default: 32, for tiny_cnn 16, for resnet18
+    64)."""
 
-    name: Literal["small_cnn", "resnet18"] = "small_cnn"
+    name: Literal["small_cnn", "tiny_cnn", "resnet18"] = "small_cnn"
     width: int | None = Field(default=None, ge=1, le=1024)
 
     @model_validator(mode="after")
@@ -107,9 +128,11 @@ def _explain(kind: type[BaseModel], item: Any) -> str:
     """One line for one of pydantic's findings."""
     key, given = ".".join(str(part) for part in item["loc"]), item["input"]
     if item["type"] == "extra_forbidden":
-        known = _keys(kind)
+        known = _keys(*_innermost(kind, item["loc"]))
         near = difflib.get_close_matches(key, known, n=1)
         return f"{key}: unknown setting" + (f"; did you mean {near[0]}?" if near else f"; known: {', '.join(known)}")
+    if item["type"] == "missing":
+        return f"{key}: missing; it must be set"
     if item["type"] == "value_error":  # of a check of our own, which names value and limit itself
         text = str(item["ctx"]["error"])
         return text if text.startswith(key) else f"{key}: {text}"
@@ -136,6 +159,7 @@ _WORDS = {  # pydantic's kinds of findings as people say them
     "finite_number": "must be a finite number",
     "literal_error": "must be {expected}",
     "string_type": "must be a text",
+    "too_short": "must name at least {min_length}",
 } | {
     f"{kind}_{finding}": f"must be {what}"
     for kind, what in (("int", "a whole number"), ("float", "a number"), ("bool", "true or false"))
@@ -143,10 +167,30 @@ _WORDS = {  # pydantic's kinds of findings as people say them
 }
 
 
+def _innermost(kind: type[BaseModel], loc: Sequence[int | str]) -> tuple[type[BaseModel], str]:
+    """The last model in a dict or a list on the way to `loc`, and the beginning of its keys; `kind` where none is."""
+    found = kind, ""
+    place: Any = kind
+    for depth, part in enumerate(loc[:-1], 1):
+        if _is_model(place):
+            fields = place.model_fields.items()
+            place = next((field.annotation for name, field in fields if part in (name, field.alias)), None)
+        else:
+            place = get_args(place)[-1] if get_args(place) else None
+            if _is_model(place):
+                found = place, "".join(f"{key}." for key in loc[:depth])
+    return found
+
+
+def _is_model(kind: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
 def _keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
-    for name, field in kind.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+    for python_name, field in kind.model_fields.items():
+        name = field.alias or python_name
+        if _is_model(field.annotation):
             keys += [f"{prefix}{name}", *_keys(field.annotation, f"{prefix}{name}.")]
         else:
             keys.append(f"{prefix}{name}")

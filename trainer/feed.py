@@ -18,9 +18,9 @@ from shared.attempts import Ranges, abandoned
 from shared.checkpoints import newest
 from shared.errors import SteppeError
 from shared.freshness import ABANDONED, DEFAULT_BOUND_VERSIONS, age_versions, staleness_bound
-from shared.measures import find_measure, percentiles
 from shared.score_store import ScoreReader
 from shared.storage import local_path
+from shared.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -29,8 +29,9 @@ logger = logging.getLogger(__name__)
 class ScoreView:
     """Scores of one store version. Arrays of length N are read-only and never change.
 
-    `percentile_N` is NaN and `model_version_N` -1 where unscored; `bound` is the staleness bound in versions;
-    `abandoned` are the versions that a resumed trainer left behind.
+    `percentile_N` is of one measure, NaN where that is unknown; `model_version_N` is -1 where unscored; `bound` is the
+    staleness bound in versions; `abandoned` are the versions that a resumed trainer left behind; `margin_N` is the
+    logit margin, NaN where unscored, for curricula that look at losses whatever their measure.
     """
 
     store_version: int
@@ -38,22 +39,29 @@ class ScoreView:
     model_version_N: npt.NDArray[np.int64]
     bound: int
     abandoned: Ranges = ()
+    margin_N: npt.NDArray[np.float32] | None = None
 
     @classmethod
     def empty(cls, num_samples: int) -> "ScoreView":
         return cls(0, np.full(num_samples, np.nan), np.full(num_samples, -1), DEFAULT_BOUND_VERSIONS).frozen()
 
     @classmethod
-    def read(cls, reader: ScoreReader, measure: str) -> "ScoreView":
-        rule = find_measure(measure)
-        model_version_N = reader.dense("model_version")
-        value_N = rule.rank({name: reader.dense(name) for name in rule.columns})
-        bound = staleness_bound(reader.metadata)
-        left_behind = abandoned(reader.uri.parent)
-        return cls(reader.version, percentiles(value_N, model_version_N), model_version_N, bound, left_behind).frozen()
+    def read(cls, reader: ScoreReader, tracker: Tracker) -> "ScoreView":
+        """The view of the reader's version, by the measure of `tracker`, which is brought up to it."""
+        _, percentile_N = tracker.update(reader)
+        return cls(
+            reader.version,
+            percentile_N,
+            reader.dense("model_version"),
+            staleness_bound(reader.metadata),
+            abandoned(reader.uri.parent),
+            reader.dense("margin"),
+        ).frozen()
 
     def frozen(self) -> "ScoreView":
-        self.percentile_N.flags.writeable = self.model_version_N.flags.writeable = False
+        for array_N in (self.percentile_N, self.model_version_N, self.margin_N):
+            if array_N is not None:
+                array_N.flags.writeable = False
         return self
 
     def ages(self, newest_version: int) -> npt.NDArray[np.int64]:
@@ -84,12 +92,26 @@ class Scores(Protocol):
         ...
 
 
+class NoScores:
+    """Every sample neutral, for ever."""
+
+    def __init__(self, num_samples: int) -> None:
+        self._view = ScoreView.empty(num_samples)
+
+    def view(self) -> ScoreView:
+        return self._view
+
+    def newest_version(self) -> int:
+        return 0
+
+
 class ScoreFeed:
     """Follows a run's score store from a background thread.
 
     Args:
         uri: the run folder. Its score store need not be there yet.
         measure: whose percentiles the views carry.
+        memory: how far percentiles are averaged over a sample's scorings (`shared.tracking.Tracker`).
         newest_version: where the trainer publishes itself, its publisher's newest version; else the checkpoint feed is
             read in the background.
 
@@ -103,12 +125,12 @@ class ScoreFeed:
         num_samples: int,
         measure: str = "adm",
         *,
+        memory: float | None = None,
         refresh_interval_s: float = 0.5,
         newest_version: Callable[[], int] | None = None,
     ) -> None:
-        find_measure(measure)
+        self._tracker = Tracker(measure, memory)
         self._run = local_path(uri)
-        self._measure = measure
         self._refresh_interval_s = refresh_interval_s
         self._published = newest_version
         self._seen_version = 0
@@ -159,7 +181,7 @@ class ScoreFeed:
                 )
             self._reader = reader
         if self._reader.refresh() != self._view.store_version:
-            self._view = view = ScoreView.read(self._reader, self._measure)
+            self._view = view = ScoreView.read(self._reader, self._tracker)
             self.first_seen.setdefault(view.newest_scored(), time.monotonic())
 
     def _follow(self) -> None:

@@ -11,18 +11,24 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 
 from shared.checkpoints import CheckpointPublisher
-from shared.datasets import Dataset, Images
+from shared.datasets import Dataset
 from shared.errors import ConfigError, StateError, TrainingDiverged
+from shared.models import place
+from shared.samples import Samples
+from trainer.augment import augment
 from trainer.config import TrainConfig
-from trainer.curriculum import find_policy
+from trainer.curriculum import Curriculum
 from trainer.feed import Scores
 from trainer.sam import SAM, sam_step
 from trainer.sampler import CurriculumSampler
 from trainer.state import SavedState, StateSaver
+
+LossFn = Callable[[Tensor, Tensor], Tensor]
 
 EVALUATION_BATCH = 1024
 NEWS_INTERVAL_S = 0.2
@@ -48,12 +54,14 @@ class TrainResult:
     """What came of it; `finished` unless it was stopped before.
 
     Seconds are the trainer's wall clock: in all, in `publish`, in planning draws, in saving, in the epoch scorer.
-    `test_accuracy` is None when it was stopped before the first evaluation.
+    `forward_equivalents` is what the steps cost in forward passes of one sample, a backward pass being two: 6 per draw
+    for SAM, 3 at rho 0. `test_accuracy` is None when it was stopped before the first evaluation.
     """
 
     steps: int
     finished: bool
     test_accuracy: float | None
+    forward_equivalents: int
     seconds: float
     seconds_in_publish: float
     seconds_in_sampler: float
@@ -119,8 +127,10 @@ def train(
             if stopped():
                 break
         if sampler.epoch > epoch and not stopped():
-            training.evaluate(stopped)
-            on_progress(training.progress(epoch, evaluated=not stopped()))
+            due = sampler.epoch % config.evaluate_every_epochs == 0 or sampler.epoch == config.epochs
+            if due:
+                training.evaluate(stopped)
+            on_progress(training.progress(epoch, evaluated=due and not stopped()))
             training.save_if_due()
     if saver is not None:
         saver.close(training.state())
@@ -130,6 +140,7 @@ def train(
         steps=training.step,
         finished=training.is_finished,
         test_accuracy=training.accuracy,
+        forward_equivalents=(sampler.epoch * sampler.num_samples + sampler.position) * (6 if config.sam.rho else 3),
         seconds=time.perf_counter() - began,
         seconds_in_publish=publisher.seconds,
         seconds_in_sampler=sampler.seconds,
@@ -162,11 +173,11 @@ class _Training:
         self.device = pick_device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self.model = model.to(self.device).train()
+        self.model = place(model, self.device).train()
         self.steps = config.epochs * math.ceil(num_samples / config.batch_size)
         self.step = 0
         self.accuracy: float | None = None
-        self.sampler = _build_sampler(config, num_samples, scores, ages_within_windows=epoch_scorer is None)
+        self.sampler = _build_sampler(config, dataset.train, scores, ages_within_windows=epoch_scorer is None)
         self._config = config
         self._dataset = dataset
         self._publisher = publisher
@@ -176,7 +187,6 @@ class _Training:
         self.seconds_in_save = self.seconds_in_scoring = 0.0
         self._optimizer = build_optimizer(config, model)
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, T_max=self.steps)
-        self._loss_fn = nn.CrossEntropyLoss()
         self._losses: list[torch.Tensor] = []  # since the last news
         self._loss = math.nan
         self._published_step = self._evaluated_step = -1
@@ -191,7 +201,9 @@ class _Training:
     def advance(self, ids: list[int]) -> None:
         """One step, and the checkpoint and the state that are due after it."""
         x_BCHW, y_B = (part.to(self.device) for part in self._dataset.train.batch(ids))
-        self._losses.append(sam_step(self.model, self._optimizer, self._loss_fn, x_BCHW, y_B))
+        x_BCHW = augment(x_BCHW, self._config.augment)
+        first, second = self._loss_fns(ids)
+        self._losses.append(sam_step(self.model, self._optimizer, first, x_BCHW, y_B, second))
         self._schedule.step()
         self.step += 1
         since_first = self.step - self._config.warmup_steps
@@ -272,6 +284,18 @@ class _Training:
         if state["device_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(state["device_rng"], self.device)
 
+    def _loss_fns(self, ids: list[int]) -> tuple[LossFn, LossFn]:
+        """Of SAM's two passes over the samples `ids`: sum_i v_i l_i / B in the weighting form, else the mean."""
+        weight_B = self.sampler.loss_weights(ids)
+        if weight_B is None:
+            return F.cross_entropy, F.cross_entropy
+        v_B = torch.tensor(weight_B, dtype=torch.float32, device=self.device)
+
+        def weighted(logits_BK: Tensor, y_B: Tensor) -> Tensor:
+            return (v_B * F.cross_entropy(logits_BK, y_B, reduction="none")).mean()
+
+        return (F.cross_entropy if self._config.curriculum.passes == "second" else weighted), weighted
+
     def _save(self) -> None:
         if self._saver is not None:
             began = time.perf_counter()
@@ -286,7 +310,7 @@ class _Training:
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, images: Images, device: torch.device, stopped: Callable[[], bool] = lambda: False
+    model: nn.Module, images: Samples, device: torch.device, stopped: Callable[[], bool] = lambda: False
 ) -> float | None:
     """Accuracy on `images`, in eval mode; None when `stopped` on the way. The model is in train mode afterwards."""
     model.eval()
@@ -318,17 +342,18 @@ def pick_device(name: str) -> torch.device:
 
 
 def _build_sampler(
-    config: TrainConfig, num_samples: int, scores: Scores, *, ages_within_windows: bool
+    config: TrainConfig, train: Samples, scores: Scores, *, ages_within_windows: bool
 ) -> CurriculumSampler:
     curriculum = config.curriculum
     return CurriculumSampler(
-        num_samples,
+        len(train),
         scores,
-        find_policy(curriculum.name, strength=curriculum.strength, fade_until=curriculum.fade_until),
+        Curriculum(curriculum, seed=config.seed, num_classes=train.num_classes),
         config.seed,
         epochs=config.epochs,
         windows_per_epoch=curriculum.windows_per_epoch,
-        lookahead_versions=_lookahead(config, num_samples) if ages_within_windows else 0,
+        lookahead_versions=_lookahead(config, len(train)) if ages_within_windows else 0,
+        form=curriculum.form,
     )
 
 

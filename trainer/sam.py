@@ -76,6 +76,16 @@ class SAM(Optimizer):
         if not self.perturbed:
             raise StateError("second_step without first_step")
         self.restore()
+        self.base_step(zero_grad)
+
+    @torch.no_grad()
+    def base_step(self, zero_grad: bool = False) -> None:
+        """The base optimizer's step with the gradients that are there: at rho 0 all there is to do.
+
+        Raises StateError after first_step.
+        """
+        if self.perturbed:
+            raise StateError("base_step after first_step: call second_step, it returns to w")
         self.base_optimizer.step()
         self._opt_called = True  # schedulers look here for a step, and warn without
         if zero_grad:
@@ -173,25 +183,38 @@ class SAM(Optimizer):
 
 
 def sam_step(
-    model: nn.Module, optimizer: SAM, loss_fn: Callable[[Tensor, Tensor], Tensor], x: Tensor, y: Tensor
+    model: nn.Module,
+    optimizer: SAM,
+    loss_fn: Callable[[Tensor, Tensor], Tensor],
+    x: Tensor,
+    y: Tensor,
+    second_loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> Tensor:
     """One SAM step on one batch: two passes over the same inputs, running statistics from the first only.
 
-    Under DistributedDataParallel only the second pass synchronises gradients. For low precision use bfloat16 autocast;
-    a GradScaler does not fit two passes.
+    Where rho is 0 everywhere the second pass would only repeat the first, and is left out. Under
+    DistributedDataParallel only the last pass synchronises gradients. For low precision use bfloat16 autocast; a
+    GradScaler does not fit two passes.
 
     Args:
         loss_fn: (logits, y) -> scalar loss.
+        second_loss_fn: of the pass at w + e(w), where it is another, such as one with weights v_i.
 
     Returns: the loss at w, detached.
     """
     optimizer.zero_grad()
+    second_loss_fn = second_loss_fn or loss_fn
+    if all(group["rho"] == 0 for group in optimizer.param_groups):
+        loss = second_loss_fn(model(x), y)
+        torch.autograd.backward(loss)
+        optimizer.base_step(zero_grad=True)
+        return loss.detach()
     with getattr(model, "no_sync", contextlib.nullcontext)():
         loss = loss_fn(model(x), y)
         torch.autograd.backward(loss)
     optimizer.first_step(zero_grad=True)
     with optimizer.restored_on_failure(), running_statistics_kept(model):
-        torch.autograd.backward(loss_fn(model(x), y))
+        torch.autograd.backward(second_loss_fn(model(x), y))
     optimizer.second_step(zero_grad=True)
     return loss.detach()
 

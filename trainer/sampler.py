@@ -6,7 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -17,11 +17,13 @@ from shared.checkpoints import newest
 from shared.errors import ConfigError, StateError, SteppeError
 from shared.freshness import ABANDONED
 from shared.score_store import ScoreReader
-from trainer.curriculum import Policy, find_policy, trust
-from trainer.feed import Scores, ScoreView
+from shared.tracking import Tracker
+from trainer.curriculum import Policy, Seen, find_policy, trust
+from trainer.feed import NoScores, Scores, ScoreView
 
 logger = logging.getLogger(__name__)
 
+Floats = npt.NDArray[np.float64]
 ScoreSource = Scores | ScoreReader | str | os.PathLike[str] | None
 
 MAX_AGE_COUNTED = 4096
@@ -74,6 +76,8 @@ class CurriculumSampler(Sampler[int]):
         num_samples: N.
         scores: a `ScoreFeed`; or a `ScoreReader` or a score store's path, read when a window is planned; or None.
         policy: a `trainer.curriculum` policy or its name.
+        form: "sampling", where the policy's weights are chances of being drawn; or "weighting", where every sample is
+            drawn alike and `loss_weights` tells its weight.
         seed: of the draws.
         epochs: of the whole training, by which the policy's progress is told; None keeps progress at 0.
         windows_per_epoch: a window is N / windows_per_epoch draws.
@@ -86,12 +90,13 @@ class CurriculumSampler(Sampler[int]):
         self,
         num_samples: int,
         scores: ScoreSource,
-        policy: Policy | str = "low_adm_first",
+        policy: Policy | str = "soft",
         seed: int = 0,
         *,
         epochs: int | None = None,
         windows_per_epoch: int = 8,
         lookahead_versions: int = 0,
+        form: Literal["sampling", "weighting"] = "sampling",
     ) -> None:
         if num_samples < 1:
             raise ConfigError(f"num_samples is {num_samples}; a sampler needs at least 1")
@@ -100,9 +105,11 @@ class CurriculumSampler(Sampler[int]):
                 f"windows_per_epoch is {windows_per_epoch} (at least 1), lookahead_versions {lookahead_versions} "
                 f"(at least 0), epochs {epochs} (at least 1, or None)"
             )
+        if form not in ("sampling", "weighting"):
+            raise ConfigError(f"form is {form!r}; it must be 'sampling' or 'weighting'")
         self.num_samples = num_samples
         self.policy = find_policy(policy) if isinstance(policy, str) else policy
-        self._scores = _scores_of(scores, num_samples, self.policy.measure)
+        self._scores = _scores_of(scores, num_samples, self.policy)
         if (found := len(self._scores.view().model_version_N)) != num_samples:
             raise ConfigError(f"the scores are of {found} samples, the sampler of {num_samples}")
         self._epochs = epochs
@@ -110,6 +117,7 @@ class CurriculumSampler(Sampler[int]):
         self._edges = [num_samples * i // windows_per_epoch for i in range(windows_per_epoch + 1)]
         self._rng = np.random.default_rng(seed)
         self._credit_N = np.zeros(num_samples)
+        self._weight_N = np.ones(num_samples) if form == "weighting" else None
         self._epoch = 0
         self._position = 0  # draws handed out in this epoch
         self._window = np.zeros(0, dtype=np.int64)  # the planned ids, of which the first `taken` are handed out
@@ -137,6 +145,10 @@ class CurriculumSampler(Sampler[int]):
         if self._epochs is None:
             return 0.0
         return min((self._epoch + self._position / self.num_samples) / self._epochs, 1.0)
+
+    def loss_weights(self, ids: npt.ArrayLike) -> Floats | None:
+        """v_i of the samples `ids` (B,) in the weighting form, 1 on average over all; None in the sampling form."""
+        return None if self._weight_N is None else self._weight_N[np.asarray(ids, dtype=np.int64)]
 
     def set_epoch(self, epoch: int) -> None:
         """Go to the beginning of `epoch`; nothing happens within it, so that a resumed epoch goes on.
@@ -173,23 +185,28 @@ class CurriculumSampler(Sampler[int]):
             "position": self._position,
             "window": torch.from_numpy(self._window[self._taken :].copy()),
             "credit": torch.from_numpy(self._credit_N.copy()),
+            "weight": None if self._weight_N is None else torch.from_numpy(self._weight_N.copy()),
             "rng": copy.deepcopy(self._rng.bit_generator.state),
             "draws": dataclasses.asdict(self.draws) | {"age_counts": torch.from_numpy(self.draws.age_counts.copy())},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises StateError for unknown or missing fields, by name, or another number of samples."""
-        expected = {"num_samples", "epoch", "position", "window", "credit", "rng", "draws"}
+        expected = {"num_samples", "epoch", "position", "window", "credit", "weight", "rng", "draws"}
         if state.keys() != expected:
             unknown, missing = sorted(state.keys() - expected), sorted(expected - state.keys())
             raise StateError(f"not a state of this sampler: unknown fields {unknown}, missing {missing}")
         if state["num_samples"] != self.num_samples:
             raise StateError(f"the state is of {state['num_samples']} samples, this sampler has {self.num_samples}")
+        if (state["weight"] is None) != (self._weight_N is None):
+            raise StateError("the state is of the other form, sampling or weighting; resume with the same")
         if len(state["credit"]) != self.num_samples or len(state["window"]) > self.num_samples - state["position"]:
             raise StateError("the state's credit, window and position do not fit together")
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
         self._window, self._taken = torch.as_tensor(state["window"], dtype=torch.int64).clone().numpy(), 0
         self._credit_N = torch.as_tensor(state["credit"], dtype=torch.float64).clone().numpy()
+        if state["weight"] is not None:
+            self._weight_N = torch.as_tensor(state["weight"], dtype=torch.float64).clone().numpy()
         self._rng.bit_generator.state = copy.deepcopy(state["rng"])
         self.draws = DrawCounts(**state["draws"] | {"age_counts": state["draws"]["age_counts"].clone().numpy()})
 
@@ -198,7 +215,11 @@ class CurriculumSampler(Sampler[int]):
         began = time.perf_counter()
         view = self._scores.view()
         age_N = view.ages(self._scores.newest_version() + self._lookahead)
-        p_N = self.policy.weights(view.percentile_N, trust(age_N, view.bound), self.progress)
+        unknown_N = np.full(self.num_samples, np.nan)
+        seen = Seen(view.percentile_N, trust(age_N, view.bound), unknown_N if view.margin_N is None else view.margin_N)
+        p_N = self.policy.weights(seen, self.progress)
+        if self._weight_N is not None:
+            self._weight_N, p_N = _of_mean_one(p_N), np.ones(self.num_samples)
         end = next(edge for edge in self._edges if edge > self._position)
         window, self._credit_N = draw(p_N, self._credit_N, end - self._position, self._rng)
         self.draws.count(age_N[window], view.bound)
@@ -219,11 +240,7 @@ def draw(
 
     Raises: ConfigError for weights that are negative, not finite or all 0.
     """
-    total = p_N.sum()
-    if not (0 < total < np.inf and p_N.min() >= 0):
-        raise ConfigError(
-            f"a curriculum gave weights from {p_N.min()} to {p_N.max()}; they must be positive and finite"
-        )
+    total = _total(p_N)
     expected_N = p_N * (count / total) + credit_N
     due_N = np.maximum(expected_N, 0.0)
     drawn_N = np.floor(due_N + ROUNDING).astype(np.int64)
@@ -238,39 +255,42 @@ def draw(
     return rng.permutation(window), expected_N - drawn_N
 
 
-def _scores_of(scores: ScoreSource, num_samples: int, measure: str) -> Scores:
+def _total(p_N: Floats) -> float:
+    """The sum of weights. Raises ConfigError for weights that are negative, not finite or all 0."""
+    total = float(p_N.sum())
+    if not (0 < total < np.inf and p_N.min() >= 0):
+        raise ConfigError(
+            f"a curriculum gave weights from {p_N.min()} to {p_N.max()}; they must be finite, from 0 up, and not all 0"
+        )
+    return total
+
+
+def _of_mean_one(v_N: Floats) -> Floats:
+    return v_N * (len(v_N) / _total(v_N))
+
+
+def _scores_of(scores: ScoreSource, num_samples: int, policy: Policy) -> Scores:
     if scores is None:
-        return _NoScores(num_samples)
+        return NoScores(num_samples)
     if isinstance(scores, str | os.PathLike):
         scores = ScoreReader(scores)
-    return _ReaderScores(scores, measure) if isinstance(scores, ScoreReader) else scores
-
-
-class _NoScores:
-    """Every sample neutral, for ever."""
-
-    def __init__(self, num_samples: int) -> None:
-        self._view = ScoreView.empty(num_samples)
-
-    def view(self) -> ScoreView:
-        return self._view
-
-    def newest_version(self) -> int:
-        return 0
+    if not isinstance(scores, ScoreReader):
+        return scores
+    return _ReaderScores(scores, Tracker(policy.measure, getattr(policy, "memory", None)))
 
 
 class _ReaderScores:
     """Scores that come from elsewhere, read when a window is planned; while unreadable, the last view stands."""
 
-    def __init__(self, reader: ScoreReader, measure: str) -> None:
+    def __init__(self, reader: ScoreReader, tracker: Tracker) -> None:
         self._reader = ScoreReader(reader.uri)  # its own: whoever gave it may refresh theirs in the middle of a view
-        self._measure = measure
-        self._view = ScoreView.read(self._reader, measure)
+        self._tracker = tracker
+        self._view = ScoreView.read(self._reader, self._tracker)
 
     def view(self) -> ScoreView:
         try:
             if self._reader.refresh() != self._view.store_version:
-                self._view = ScoreView.read(self._reader, self._measure)
+                self._view = ScoreView.read(self._reader, self._tracker)
         except (SteppeError, OSError) as error:
             logger.warning("scores cannot be read now, the last view stands: %s", error)
         return self._view

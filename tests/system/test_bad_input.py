@@ -256,12 +256,16 @@ CASES = {
     "fade_until 0": setting("train.curriculum.fade_until=0", "train.curriculum.fade_until = 0: must be more than 0"),
     # names
     "curriculum": setting(
-        "train.curriculum.name=hard", "train.curriculum.name: no curriculum 'hard'; known: uniform, low_adm_first"
+        "train.curriculum.name=hard",
+        "train.curriculum.name: no curriculum 'hard'; known: uniform, soft, pacing, self_paced",
     ),
-    "mode": setting("scoring.mode=sync", "scoring.mode = 'sync': must be 'async', 'every_epoch' or 'shadow'"),
+    "mode": setting("scoring.mode=sync", "scoring.mode = 'sync': must be 'async', 'every_epoch', 'shadow' or 'off'"),
     "attack": setting("scoring.attack.name=cw", "scoring.attack.name = 'cw': must be 'fgsm' or 'pgd'"),
-    "data": setting("data.name=mnist", "data.name = 'mnist': must be 'digits' or 'fashion_mnist'"),
-    "model": setting("model.name=vgg", "model.name = 'vgg': must be 'small_cnn' or 'resnet18'"),
+    "data": setting(
+        "data.name=mnist",
+        "data.name = 'mnist': must be 'digits', 'fashion_mnist', 'mnist_5k', 'cifar10', 'cifar100' or 'image_folder'",
+    ),
+    "model": setting("model.name=vgg", "model.name = 'vgg': must be 'small_cnn', 'tiny_cnn' or 'resnet18'"),
     "width of resnet18": setting(
         "model.name=resnet18", "model.width is 48, but resnet18 always has 64; set that, or leave it out"
     ),
@@ -447,7 +451,7 @@ CASES = {
     ),
     "template": Case("config init x.toml --template=mnist", "no template 'mnist'; known: fashion_mnist, quickstart"),
     "show": Case("config show no.toml", "no configuration file 'no.toml'; to make one: steppe config init"),
-    "bench": Case("bench speed", "no benchmark 'speed'; known: recovery"),
+    "bench": Case("bench speed", "no benchmark 'speed'; known: recovery, flat"),
     # usage
     "scale many": usage(
         "scale many",
@@ -643,7 +647,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         ("query 100", "sample_id 100 is outside 0..99"),
         ("query 5 -1", "body.ids.1: Input should be greater than or equal to 0"),
         ("query 3 7 1234", "sample_id 1234 is outside 0..99"),
-        ("query 3 --measure=admm", "no measure 'admm'; known: adm, loss, margin, grad_norm, el2n"),
+        ("query 3 --measure=admm", "no measure 'admm'; known: adm, log_ratio, adm_by_clean"),
         ("scale 2", "this service runs without scorers: the run is not up, or it is scored inside its training"),
     ],
     ids=lambda value: value if value.startswith(("query", "scale")) else "",

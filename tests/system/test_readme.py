@@ -14,7 +14,7 @@ from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LIVE = ("status", "top", "query", "scale", "runs")  # what a second terminal asks of a run that is up
+LIVE = ("status", "top", "query", "scale", "runs", "export")  # what a second terminal asks of a run that is up
 # This suite itself, what CI runs before it, and what the slow tier runs.
 NOT_HERE = ("./deploy/local test", "./deploy/local check", "./deploy/local steppe bench")
 
@@ -93,7 +93,7 @@ def check_answers(answers: dict[str, str]) -> None:
     assert by_path["/v1/checkpoints"]["checkpoints"][0]["model_version"] >= 1
     assert by_path["/readyz"] == {"status": "ok"}
     assert [answer["wanted"] for command, answer in curls.items() if "PATCH" in command] == [2]
-    status, top, query, scale, runs = (
+    status, top, query, scale, runs, suspects = (
         answers[command] for command in answers if command.startswith("./deploy/local steppe")
     )
     assert "coverage" in status
@@ -101,6 +101,7 @@ def check_answers(answers: dict[str, str]) -> None:
     assert "running" in runs
     assert "159" in query
     assert "2 scorers wanted" in scale
+    assert "mislabelled" in suspects
 
 
 def check_summary(summary: dict[str, float]) -> None:
@@ -116,5 +117,6 @@ def check_summary(summary: dict[str, float]) -> None:
         scorer_samples_per_second trainer_seconds_in_publish trainer_seconds_in_sampler trainer_seconds_total
         quarantined_rows run_folder attempts scoring_mode seconds_to_first_score_p50 seconds_to_first_score_p95
         trainer_seconds_in_save trainer_seconds_in_scoring checkpoints_failed
-        checkpoints_superseded states_failed scores_unreadable reports"""
+        checkpoints_superseded states_failed scores_unreadable reports fidelity_mean fidelity_min audits
+        trainer_forward_equivalents scorer_forward_equivalents"""
     assert set(expected.split()) == set(summary)

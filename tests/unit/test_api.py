@@ -23,6 +23,7 @@ from shared.catalogue import Run
 from shared.checkpoints import CheckpointPublisher
 from shared.datasets import Images
 from shared.errors import ConfigError, ServiceError
+from shared.measures import MEASURES
 from shared.score_store import ScoreWriter
 from tests.rows import make_rows
 
@@ -71,7 +72,7 @@ def filled(empty: Run) -> Run:
 
 @pytest.fixture
 def controller(filled: Run) -> Iterator[Controller]:
-    controller = Controller(str(filled.path), SAMPLES, "s", ControllerConfig(block_size=2), wanted=3)
+    controller = Controller(str(filled.path), SAMPLES, "s", ControllerConfig(block_size=2, audit_share=0), wanted=3)
     controller.register("scorer-1", 4711)
     yield controller
     controller.close()
@@ -171,7 +172,8 @@ def test_a_sample_answers_with_all_that_is_known(filled):
         1,
         10,
     )
-    assert {"adm", "loss", "margin", "grad_norm", "el2n"} == set(sample["measures"])
+    assert set(MEASURES) == set(sample["measures"])
+    assert sample["measures"]["instability"] is None  # the first time that it is asked for
     assert math.log1p(math.exp(-1)) == pytest.approx(sample["measures"]["loss"])
 
 
@@ -236,7 +238,7 @@ def test_the_api_describes_itself(empty):
         ("POST", "/v1/scores:query", {}, 422, "body.ids"),
         ("POST", "/v1/scores:query", {"ids": [0], "metric": "adm"}, 422, "body.metric"),
         ("POST", "/v1/scores:query", {"ids": [0] * (MAX_IDS + 1)}, 422, "100000"),
-        ("POST", "/v1/scores:query", {"ids": [0], "measure": "nice"}, 422, "known: adm, loss"),
+        ("POST", "/v1/scores:query", {"ids": [0], "measure": "nice"}, 422, "known: adm, log_ratio"),
         ("POST", "/v1/scores:query", None, 422, "body"),
         ("GET", "/v1/nothing", None, 404, "Not Found"),
         ("GET", "/", None, 404, "Not Found"),

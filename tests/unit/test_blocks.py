@@ -127,6 +127,8 @@ def test_the_block_of_rows_is_known_by_their_samples():
     assert table.block_of(table.ids(0)[:-1]) is None
     assert table.block_of(np.append(table.ids(0)[:-1], table.ids(1)[0])) is None
     assert table.block_of(np.zeros(0, dtype=np.int64)) is None
+    assert table.block_of(np.array([25])) is None
+    assert table.block_of(np.array([-1])) is None
 
 
 def test_lease_ids_of_two_lives_do_not_meet():

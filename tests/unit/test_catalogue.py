@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from shared.catalogue import Run, newest_run
-from shared.datasets import Images
 from shared.errors import ConfigError, RunError
+from shared.samples import Images
 
 TRAIN = Images(np.zeros((3, 1, 2, 2), dtype=np.uint8), np.array([7, 0, 7]), white=255, num_classes=8)
 
@@ -23,9 +23,30 @@ def test_created_run_is_the_one_opened(tmp_path: Path) -> None:
 
     assert run.num_samples == 3
     assert run.scores_uri == tmp_path / "runs" / "first" / "scores"
-    assert run.samples().to_pydict() == {"sample_id": [0, 1, 2], "key": ["0", "1", "2"], "label": [7, 0, 7]}
+    assert run.samples().to_pydict() == {
+        "sample_id": [0, 1, 2],
+        "key": ["0", "1", "2"],
+        "label": [7, 0, 7],
+        "clean_label": [None, None, None],
+        "domain": [None, None, None],
+    }
     created = run.description
     assert (created["run_id"], created["scoring_id"], created["config"]) == ("first", "s1", {"train": {"epochs": 3}})
+
+
+def test_samples_of_noisy_data_keep_their_keys_and_clean_labels(tmp_path: Path) -> None:
+    train = TRAIN.select(np.array([2, 0])).relabelled(np.array([1, 7]))
+    run = Run.create(tmp_path, dataset_fingerprint="abc", train=train, config={}, scoring_id="s1")
+    samples = run.samples()
+
+    assert samples.drop_columns("domain").to_pydict() == {
+        "sample_id": [0, 1],
+        "key": ["2", "0"],
+        "label": [1, 7],
+        "clean_label": [7, 7],
+    }
+    assert samples.schema == create(tmp_path / "clean").samples().schema
+    assert [str(samples.schema.field(name).type) for name in ("clean_label", "domain")] == ["int64", "string"]
 
 
 def test_second_run_in_a_folder_is_refused_and_changes_nothing(tmp_path: Path) -> None:

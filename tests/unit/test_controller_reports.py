@@ -26,7 +26,7 @@ SAMPLES, BLOCK = 6, 2
 
 
 def open_controller(run: Path, **settings: Any) -> Controller:
-    config = {"block_size": BLOCK, "commit_interval_s": 0.01} | settings
+    config = {"block_size": BLOCK, "commit_interval_s": 0.01, "audit_share": 0} | settings
     return Controller(str(run), SAMPLES, "id", ControllerConfig(**config), wanted=2)
 
 

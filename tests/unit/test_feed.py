@@ -11,11 +11,11 @@ import pytest
 from torch import nn
 
 from shared.checkpoints import CheckpointPublisher
-from shared.errors import ConfigError
+from shared.errors import ConfigError, RunError
 from shared.freshness import DEFAULT_BOUND_VERSIONS
 from shared.score_store import ScoreWriter
 from tests.rows import make_rows
-from trainer.feed import ScoreFeed, ScoreView
+from trainer.feed import NoScores, ScoreFeed, ScoreView
 
 FAST = 0.005
 
@@ -64,10 +64,11 @@ def test_views_are_read_only(tmp_path: Path) -> None:
         writer.append(make_rows([1]))
         writer.commit()
         wait_until(lambda: feed.view().store_version == 1)
-        views = [ScoreView.empty(3), feed.view()]
+        views = [ScoreView.empty(3), NoScores(3).view(), feed.view()]
 
+    assert [view.margin_N is None for view in views] == [True, True, False]
     for view in views:
-        for array in (view.percentile_N, view.model_version_N):
+        for array in filter(lambda array: array is not None, (view.percentile_N, view.model_version_N, view.margin_N)):
             with pytest.raises(ValueError, match="read-only"):
                 array[0] = 1
 
@@ -82,6 +83,46 @@ def test_percentiles_are_of_the_measure_asked_for(tmp_path: Path) -> None:
             found.append(feed.view().percentile_N.tolist())
 
     assert found == [[0.25, 0.75], [0.75, 0.25]]
+
+
+def test_views_carry_margins_whatever_the_measure(tmp_path: Path) -> None:
+    with ScoreWriter(tmp_path / "scores", 3) as writer:
+        writer.append(make_rows([0, 2], margin=np.array([5.0, -5.0])))
+    with ScoreFeed(tmp_path, 3, "el2n", refresh_interval_s=3600) as feed:
+        wait_until(lambda: feed.view().store_version == 1)
+
+        np.testing.assert_array_equal(feed.view().margin_N, [5.0, np.nan, -5.0])
+
+
+def test_memory_averages_over_the_views(tmp_path: Path) -> None:
+    """Percentiles 1/4 and 3/4 in version 1, turned round in version 2, when their mean with memory 3/4 begins to move.
+
+    A view that cannot be made, here for an attempt's damaged file, counts nothing twice.
+    """
+    feed = ScoreFeed(tmp_path, 2, memory=0.75)
+    feed.close()
+    damaged = tmp_path / "train" / "attempt-0001.json"
+    damaged.parent.mkdir()
+    with ScoreWriter(tmp_path / "scores", 2) as writer:
+        for version, log_ratio in ((1, [1.0, 2.0]), (2, [2.0, 1.0])):
+            writer.append(make_rows([0, 1], version, log_ratio=np.array(log_ratio)))
+            writer.commit()
+            damaged.write_text("{")
+            with pytest.raises(RunError, match="damaged"):
+                feed.refresh()
+            damaged.unlink()
+            feed.refresh()
+
+    np.testing.assert_allclose(feed.view().percentile_N, [0.75 / 4 + 0.25 * 3 / 4, 0.75 * 3 / 4 + 0.25 / 4])
+
+
+def test_no_scores_leave_every_sample_unknown_for_ever() -> None:
+    scores = NoScores(3)
+
+    assert scores.view() is scores.view()
+    assert np.isnan(scores.view().percentile_N).all()
+    assert (scores.view().model_version_N.tolist(), scores.newest_version()) == ([-1, -1, -1], 0)
+    assert scores.view().ages(9).tolist() == [-1, -1, -1]
 
 
 def test_unknown_measure_is_refused(tmp_path: Path) -> None:

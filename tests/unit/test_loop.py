@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler
 
+import trainer.loop
 from shared.checkpoints import CheckpointPublisher, load, stable
 from shared.config import DataConfig, ModelConfig
 from shared.datasets import Dataset, load_dataset
@@ -18,8 +20,11 @@ from shared.models import build_model
 from shared.score_store import ScoreWriter
 from tests.rows import make_rows
 from trainer.config import CurriculumConfig, TrainConfig
+from trainer.curriculum import Curriculum
 from trainer.feed import ScoreFeed
 from trainer.loop import Progress, TrainResult, evaluate, pick_device, train
+from trainer.sam import SAM, running_statistics_kept
+from trainer.sampler import CurriculumSampler
 
 SAMPLES = 120
 CPU = torch.device("cpu")
@@ -206,3 +211,104 @@ def test_evaluate_counts_in_eval_mode_over_several_batches() -> None:
     assert accuracy == (images.label_N == 3).mean()
     assert torch.equal(model[0].running_mean, before)
     assert model.training
+
+
+# -- weights of the loss, passes, evaluations --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("passes", ["both", "second"])
+@pytest.mark.parametrize("rho", [0.0, 0.5])
+def test_weighting_form_is_sam_with_weighted_losses(tmp_path: Path, passes: str, rho: float) -> None:
+    """Written out with the two steps of SAM; the draws and weights are those of a sampler of its own."""
+    curriculum = CurriculumConfig(strength=3.0, fade_until=1.0, form="weighting", passes=passes)
+    config = make_config(epochs=1, sam={"rho": rho}, curriculum=curriculum, learning_rate=0.05)
+    score_everything(tmp_path)
+    _, found, _ = run(tmp_path, config)
+
+    model = make_model().train()
+    sampler = CurriculumSampler(
+        SAMPLES, tmp_path / "scores", Curriculum(curriculum), config.seed, epochs=1, form="weighting"
+    )
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=rho, lr=0.05, momentum=0.9, weight_decay=5e-4)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=6)
+    for ids in BatchSampler(sampler, 20, drop_last=False):
+        x_BCHW, y_B = digits().train.batch(ids)
+        v_B = torch.tensor(sampler.loss_weights(ids), dtype=torch.float32)
+
+        def backward(pass_B: Tensor, x_BCHW: Tensor = x_BCHW, y_B: Tensor = y_B) -> None:
+            losses_B = nn.functional.cross_entropy(model(x_BCHW), y_B, reduction="none")
+            ((pass_B * losses_B).sum() / 20).backward()
+
+        if rho:
+            backward(v_B if passes == "both" else torch.ones(20))
+            optimizer.first_step(zero_grad=True)
+            with running_statistics_kept(model):
+                backward(v_B)
+            optimizer.second_step(zero_grad=True)
+        else:
+            backward(v_B)
+            optimizer.base_step(zero_grad=True)
+        schedule.step()
+
+    assert (sampler.loss_weights(range(SAMPLES)) != 1).all()
+    torch.testing.assert_close(weights(found), weights(model), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rho", "per_step"), [(0.05, 2), (0.0, 1)])
+@pytest.mark.parametrize("after", [3, 8, 12])
+def test_forward_equivalents_are_what_the_steps_cost(tmp_path: Path, rho: float, per_step: int, after: int) -> None:
+    """A pass forward and back is 3; of the steps that were done, not of the draws that were planned."""
+    passes: list[int] = []
+    model = make_model()
+    model.register_forward_hook(lambda module, *_: passes.append(module.training))
+    config = make_config(sam={"rho": rho})
+    result, _, _ = run(tmp_path, config, lambda: sum(passes) >= per_step * after, model=model)
+
+    assert result.steps == after
+    assert sum(passes) == per_step * after
+    assert result.forward_equivalents == 3 * 20 * sum(passes)
+
+
+@pytest.mark.parametrize(("every", "evaluated"), [(1, [1, 2, 3, 4, 5]), (2, [2, 4, 5]), (9, [5])])
+def test_accuracy_is_measured_every_so_many_epochs_and_at_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, evaluated: list[int]
+) -> None:
+    epochs: list[float] = []
+
+    def measure(*_: object) -> float:
+        epochs.append(len(epochs) + 1.0)
+        return epochs[-1]
+
+    monkeypatch.setattr(trainer.loop, "evaluate", measure)
+    result, _, news = run(tmp_path, make_config(epochs=5, evaluate_every_epochs=every))
+
+    assert [one.step // 6 for one in news if one.evaluated] == evaluated
+    assert [one.accuracy for one in news if one.evaluated] == epochs == [*map(float, range(1, len(evaluated) + 1))]
+    assert result.test_accuracy == epochs[-1]
+
+
+def test_augmented_is_what_is_trained_on_alike_in_both_passes(tmp_path: Path) -> None:
+    """Every image is one of the data set's or its mirror image, and both occur."""
+    seen: list[Tensor] = []
+    model = make_model()
+    model.register_forward_hook(lambda module, args, _: seen.append(args[0].clone()) if module.training else None)
+    run(tmp_path / "a", make_config(epochs=1, augment="flip"), model=model)
+    x_NCHW, _ = digits().train.batch(np.arange(SAMPLES))
+    known, mirrored = ({image.numpy().tobytes() for image in x.contiguous()} for x in (x_NCHW, x_NCHW.flip(-1)))
+    images = [image.numpy().tobytes() for x_BCHW in seen[::2] for image in x_BCHW]
+
+    assert all(torch.equal(first, second) for first, second in zip(seen[::2], seen[1::2], strict=True))
+    assert len(images) == SAMPLES
+    assert set(images) <= known | mirrored
+    assert 30 < sum(image in mirrored - known for image in images) < 90
+
+
+def test_seed_of_torch_decides_the_augmentation(tmp_path: Path) -> None:
+    models = []
+    for index, seed in enumerate((0, 0, 1)):
+        model = make_model()
+        torch.manual_seed(seed)
+        models.append(weights(run(tmp_path / str(index), make_config(augment="crop_flip"), model=model)[1]))
+
+    assert torch.equal(models[0], models[1])
+    assert not torch.equal(models[0], models[2])

@@ -1,19 +1,29 @@
 import math
+from decimal import Decimal, localcontext
 
 import numpy as np
 import pytest
+import scipy.stats
 
 from shared.errors import ConfigError
-from shared.measures import MEASURES, find_measure, percentiles
+from shared.measures import MEASURES, PREVIOUS, find_measure, percentiles, rank_correlation
 from shared.schema import SCORE_SCHEMA
 
-LN3 = math.log(3)
+LN2, LN3 = math.log(2), math.log(3)
+OVER_OTHERS = {"gap_by_batch", "gap_by_dataset", "instability"}
 
 
 @pytest.mark.parametrize(
     ("name", "row", "rank", "show"),
     [
         ("adm", {"log_ratio": [0.0, LN3, -LN3]}, [0.0, LN3, -LN3], [0.0, 0.5, -0.5]),  # l' = l, 3 l, l / 3
+        ("log_ratio", {"log_ratio": [0.0, LN3, -LN3]}, [0.0, LN3, -LN3], [0.0, LN3, -LN3]),
+        ("adm_by_clean", {"log_ratio": [0.0, LN3, -LN3]}, [0.0, LN3, -LN3], [0.0, 2.0, -2 / 3]),
+        ("adm_by_adversarial", {"log_ratio": [0.0, LN3, -LN3]}, [0.0, LN3, -LN3], [0.0, 2 / 3, -2.0]),
+        ("gap", {"margin": [0.0, 0.0, LN3], "log_ratio": [0.0, LN3, -LN2]}, *[[0.0, 2 * LN2, -LN2]] * 2),
+        ("confidence", {"margin": [0.0, LN3, -LN3]}, [0.0, LN3, -LN3], [1 / 2, 3 / 4, 1 / 4]),
+        ("robust_margin", {"adversarial_margin": [2.5, -1.0]}, [2.5, -1.0], [2.5, -1.0]),
+        ("instability", {"margin": [LN3, -LN3, 0.0], "previous_margin": [-LN3, LN3, 0.0]}, *[[1 / 2, 1 / 2, 0.0]] * 2),
         ("loss", {"margin": [0.0, LN3, -LN3]}, [0.0, LN3, -LN3], [math.log(2), math.log(4), math.log(4 / 3)]),
         ("loss", {"margin": [1000.0, -40.0]}, [1000.0, -40.0], [1000.0, math.exp(-40)]),  # neither overflows nor is 0
         ("margin", {"margin": [-2.5, 1.0]}, [-2.5, 1.0], [-2.5, 1.0]),
@@ -26,20 +36,69 @@ def test_measure_by_hand(name: str, row: dict[str, list[float]], rank: list[floa
     columns = {column: np.array(values) for column, values in row.items()}
 
     assert measure.columns == tuple(row)
-    np.testing.assert_allclose(measure.rank(columns), rank, rtol=1e-12)
-    np.testing.assert_allclose(measure.show(columns), show, rtol=1e-12)
+    np.testing.assert_allclose(measure.rank(columns), rank, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(measure.show(columns), show, rtol=1e-12, atol=1e-15)
 
 
-@pytest.mark.parametrize("name", MEASURES)
+@pytest.mark.parametrize("margin", [40.0, 2.0, -17.0, -29.999, -30.001, -300.0, -1200.0])
+@pytest.mark.parametrize("log_ratio", [-35.0, -1e-6, 0.0, 1e-6, 0.5, 30.0, 1200.0])
+def test_gap_keeps_its_digits_however_small_the_losses(margin: float, log_ratio: float) -> None:
+    """Against 60 digits; float64 differences of the two losses would have none left at a margin of -30."""
+    with localcontext(prec=60):
+        loss = (Decimal(margin).exp() + 1).ln() if margin > -50 else Decimal(margin).exp()
+        expected = float(loss * (Decimal(log_ratio).exp() - 1))
+    rows = {"margin": np.array([margin]), "log_ratio": np.array([log_ratio])}
+
+    if abs(expected) < 1e300:
+        assert find_measure("gap").show(rows)[0] == pytest.approx(expected, rel=1e-12, abs=1e-300)
+
+
+@pytest.mark.parametrize("name", sorted(MEASURES.keys() - OVER_OTHERS))
+def test_values_stay_finite_where_float64_would_end(name: str) -> None:
+    """What people see goes through JSON, which has no infinities. Margins go from -5000 to 4, and back."""
+    margin = np.array([-5000.0, 4.0], dtype=np.float32)
+    rows = {"margin": margin, "adversarial_margin": margin[::-1], "log_ratio": np.array([5001.4, -5001.4])}
+    rows |= {"grad_norm": margin, "el2n": margin}
+
+    assert np.isfinite(find_measure(name).show(rows)).all()
+
+
+def test_gap_in_units_of_the_mean_loss_of_a_block_or_a_version() -> None:
+    """Losses ln 2 (1, 3, 8, 5, unknown), each doubled by the attack: blocks of 1 and 3, of 8, and of version 8."""
+    rows = {
+        "margin": np.log(np.exp2([1.0, 3.0, 8.0, 5.0, np.nan]) - 1),
+        "log_ratio": np.array([LN2, LN2, LN2, LN2, np.nan]),
+        "model_version": np.array([7, 7, 7, 8, -1]),
+        "scored_at": np.array(["2026-01-01"] * 2 + ["2026-01-02", "2026-01-01", "NaT"], dtype="datetime64[us]"),
+    }
+    with np.errstate(invalid="ignore"):
+        by_batch, by_dataset = (find_measure(name).show(rows) for name in ("gap_by_batch", "gap_by_dataset"))
+
+    np.testing.assert_allclose(by_batch, [1 / 2, 3 / 2, 1.0, 1.0, np.nan], rtol=1e-12)
+    np.testing.assert_allclose(by_dataset, [1 / 4, 3 / 4, 2.0, 1.0, np.nan], rtol=1e-12)
+
+
+def test_which_measures_a_row_alone_has() -> None:
+    assert {name for name, rule in MEASURES.items() if not rule.of_one_row} == OVER_OTHERS
+    assert {name for name, rule in MEASURES.items() if rule.over_versions} == {"instability"}
+
+
+@pytest.mark.parametrize("name", sorted(MEASURES.keys() - OVER_OTHERS))
 def test_what_is_shown_orders_like_the_rank(name: str) -> None:
     measure = MEASURES[name]
     row = {column: np.linspace(-8, 8, 33, dtype=np.float32)[::-1] for column in measure.columns}
+    if name == "gap":  # at one ratio above 1 it rises with the loss
+        row["log_ratio"] = np.full(33, 0.5, dtype=np.float32)
     rank, show = measure.rank(row), measure.show(row)
 
-    assert set(measure.columns) <= set(SCORE_SCHEMA.names)
     assert rank.dtype == show.dtype == np.float64
     assert (np.diff(rank) < 0).all()
     assert (np.diff(show) < 0).all()
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_columns_are_those_of_the_score_row(name: str) -> None:
+    assert {column.removeprefix(PREVIOUS) for column in MEASURES[name].columns} <= set(SCORE_SCHEMA.names)
 
 
 def test_adm_ranks_where_what_it_shows_is_saturated() -> None:
@@ -51,8 +110,10 @@ def test_adm_ranks_where_what_it_shows_is_saturated() -> None:
 
 
 def test_unknown_measure_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="'admm'; known: adm, loss, margin, grad_norm, el2n"):
+    with pytest.raises(ConfigError, match="no measure 'admm'; known: ") as caught:
         find_measure("admm")
+
+    assert str(caught.value).partition("known: ")[2].split(", ") == list(MEASURES)
 
 
 @pytest.mark.parametrize(
@@ -63,11 +124,22 @@ def test_unknown_measure_lists_the_known_ones() -> None:
         ([1.0, 100.0, 2.0, 50.0], [1, 2, 1, 2], [1 / 4, 3 / 4, 3 / 4, 1 / 4]),  # each among its own version
         ([5.0, 5.0], [1, 2], [1 / 2, 1 / 2]),  # equal values of two versions are no tie
         ([math.nan, 3.0, math.nan], [-1, 4, -1], [math.nan, 1 / 2, math.nan]),
+        ([math.nan, 3.0, 1.0, math.nan], [4, 4, 4, 5], [math.nan, 3 / 4, 1 / 4, math.nan]),
         ([2.0, 0.0], [0, 0], [3 / 4, 1 / 4]),
         ([math.nan], [-1], [math.nan]),
         ([], [], []),
     ],
-    ids=["one version", "ties", "two versions", "equal over versions", "unscored", "version 0", "none scored", "empty"],
+    ids=[
+        "one version",
+        "ties",
+        "two versions",
+        "equal over versions",
+        "unscored",
+        "no value",
+        "version 0",
+        "none scored",
+        "empty",
+    ],
 )
 def test_percentiles_by_hand(value: list[float], version: list[int], expected: list[float]) -> None:
     np.testing.assert_allclose(percentiles(np.array(value), np.array(version, dtype=np.int64)), expected, rtol=1e-12)
@@ -84,3 +156,29 @@ def test_percentiles_depend_on_the_order_only() -> None:
     np.testing.assert_array_equal(percentiles(value[shuffle], version[shuffle]), percentile[shuffle])
     for each in (1, 2, 3):
         assert percentile[version == each].mean() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("values", [400, 9], ids=["few ties", "many ties"])
+def test_rank_correlation_is_spearmans(values: int) -> None:
+    rng = np.random.default_rng(values)
+    a = rng.integers(0, values, 300).astype(np.float64)
+    b = np.exp(a / values) + rng.normal(0, 0.4, 300)
+    a[:20], b[15:30] = np.nan, np.inf
+    both = np.isfinite(a) & np.isfinite(b)
+
+    assert rank_correlation(a, b) == pytest.approx(scipy.stats.spearmanr(a[both], b[both]).statistic, rel=1e-12)
+    assert rank_correlation(a, -a) == pytest.approx(-1.0, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        (np.arange(9.0), np.arange(9.0)),
+        (np.append(np.arange(9.0), [np.nan] * 5), np.arange(14.0)),
+        (np.ones(20), np.arange(20.0)),
+        (np.zeros(0), np.zeros(0)),
+    ],
+    ids=["nine", "nine known", "constant", "none"],
+)
+def test_rank_correlation_of_too_little_is_none(a: np.ndarray, b: np.ndarray) -> None:
+    assert rank_correlation(a, b) is None

@@ -4,10 +4,11 @@ import torch
 from pydantic import ValidationError
 
 from shared.config import ModelConfig
-from shared.datasets import Dataset, Images
+from shared.datasets import Dataset
 from shared.models import Normalize, build_model
+from shared.samples import Images
 
-NAMES = ["small_cnn", "resnet18"]
+NAMES = ["small_cnn", "tiny_cnn", "resnet18"]
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,18 @@ def test_small_cnn_width_is_that_of_its_first_layer(dataset: Dataset, width: int
     convolutions = [module for module in model.modules() if isinstance(module, torch.nn.Conv2d)]
 
     assert [c.out_channels for c in convolutions] == [channels, 2 * channels, 2 * channels]
+
+
+@pytest.mark.parametrize(("width", "channels"), [(None, 16), (3, 3)])
+def test_tiny_cnn_works_on_a_half_and_a_quarter_of_the_side(dataset: Dataset, width: int | None, channels: int) -> None:
+    model = build_model(ModelConfig(name="tiny_cnn", width=width), dataset).eval()
+    seen: list[tuple[int, ...]] = []
+    for module in model.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda _, inputs, outputs: seen.append(tuple(outputs.shape)))
+    model(torch.zeros(1, 2, 28, 28))
+
+    assert seen == [(1, channels, 28, 28), (1, 2 * channels, 14, 14), (1, 2 * channels, 7, 7)]
 
 
 def test_resnet18_has_one_width_and_a_stem_that_keeps_small_images_whole(dataset: Dataset) -> None:

@@ -1,5 +1,6 @@
 """Answers about difficulty, computed by hand from a small store and its checkpoints."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,16 @@ from shared.catalogue import Run
 from shared.checkpoints import CheckpointPublisher
 from shared.datasets import Images
 from shared.errors import ConfigError, DataError, StoreError
+from shared.measures import MEASURES
 from shared.score_store import ScoreReader, ScoreWriter
 from tests.rows import SCORED_AT, make_rows
 
 SAMPLES = 6
+GAPS = [  # with their clean losses, of samples 0, 1 and 2 below
+    (math.log1p(math.exp(margin)) * (math.exp(log_ratio) - 1), math.log1p(math.exp(margin)))
+    for margin, log_ratio in ((0.0, 0.5), (-1.0, 2.0), (3.0, 1.0))
+]
+MEAN_LOSS = sum(loss for _, loss in GAPS) / 3
 
 
 @pytest.fixture
@@ -78,6 +85,14 @@ def test_scores_are_columns_in_the_order_asked(filled):
         ("adm", [math.tanh(0.25), math.tanh(1.0), math.tanh(0.5)]),
         ("loss", [math.log(2), math.log1p(math.exp(-1)), math.log1p(math.exp(3))]),
         ("margin", [0.0, -1.0, 3.0]),
+        ("log_ratio", [0.5, 2.0, 1.0]),
+        ("adm_by_clean", [math.exp(0.5) - 1, math.exp(2) - 1, math.exp(1) - 1]),
+        ("adm_by_adversarial", [1 - math.exp(-0.5), 1 - math.exp(-2), 1 - math.exp(-1)]),
+        ("gap", [gap for gap, _ in GAPS]),
+        ("gap_by_batch", [gap / MEAN_LOSS for gap, _ in GAPS]),
+        ("gap_by_dataset", [gap / MEAN_LOSS for gap, _ in GAPS]),
+        ("confidence", [0.5, 1 / (1 + math.e), 1 / (1 + math.exp(-3))]),
+        ("robust_margin", [0.5] * 3),
         ("grad_norm", [0.25] * 3),
         ("el2n", [0.75] * 3),
     ],
@@ -95,6 +110,29 @@ def test_percentiles_follow_the_measure_and_the_store(filled):
     commit(filled.run, make_rows([0], 3, margin=-9.0))
 
     assert pytest.approx([1 / 2, 1 / 4, 3 / 4]) == filled.scores([0, 1, 2], "loss")["percentile"]
+
+
+def test_instability_counts_from_when_it_was_first_asked(filled):
+    """Sample 1's label goes from probability 1 / (1 + e^-1) to 1/2; the others have had one version."""
+    first = filled.scores([0, 1, 5], "instability")
+    commit(filled.run, make_rows([1], 3, margin=0.0))
+    second = filled.scores([0, 1, 5], "instability")
+    change = 1 / (1 + math.exp(-1)) - 1 / 2
+
+    assert (first["value"], first["percentile"]) == ([None] * 3, [None] * 3)
+    assert second["value"] == [None, pytest.approx(change, rel=1e-6), None]
+    assert second["percentile"] == [None, 1 / 2, None]
+    assert filled.sample(1)["measures"]["instability"] == pytest.approx(change, rel=1e-6)
+    assert filled.scores([1], "instability")["value"] == second["value"][1:2]
+
+
+def test_answers_have_no_infinities(run):
+    """A clean margin of -5000, such as of a net whose logits have run away, goes through JSON like any other."""
+    commit(run, make_rows([0, 1], 1, margin=np.array([-5000.0, 4.0]), log_ratio=np.array([5001.4, -5001.4])))
+    difficulty = Difficulty(run)
+
+    for sample_id in (0, 1):
+        json.dumps(difficulty.sample(sample_id), allow_nan=False, default=str)
 
 
 @pytest.mark.parametrize(("bound", "status"), [(3, "stale"), (4, "fresh"), (5, "fresh")])
@@ -117,10 +155,19 @@ def test_ages_are_never_below_zero(run):
 def test_a_sample_answers_with_every_measure(filled):
     answer = filled.sample(1)
 
+    assert answer["measures"].pop("instability") is None
     assert {
         "adm": math.tanh(1.0),
+        "log_ratio": 2.0,
+        "adm_by_clean": math.exp(2) - 1,
+        "adm_by_adversarial": 1 - math.exp(-2),
+        "gap": GAPS[1][0],
+        "gap_by_batch": GAPS[1][0] / MEAN_LOSS,
+        "gap_by_dataset": GAPS[1][0] / MEAN_LOSS,
         "loss": math.log1p(math.exp(-1)),
         "margin": -1.0,
+        "confidence": 1 / (1 + math.e),
+        "robust_margin": 0.5,
         "grad_norm": 0.25,
         "el2n": 0.75,
     } == pytest.approx(answer["measures"], rel=1e-6)
@@ -162,7 +209,7 @@ def test_an_unknown_id_is_refused(filled, ids):
 
 
 def test_an_unknown_measure_is_refused(filled):
-    with pytest.raises(ConfigError, match="no measure 'nice'; known: adm, loss, margin, grad_norm, el2n"):
+    with pytest.raises(ConfigError, match=f"no measure 'nice'; known: {', '.join(MEASURES)}"):
         filled.scores([0], "nice")
 
 
@@ -193,6 +240,7 @@ def test_stats(filled):
         "model_versions_scored": 2,
         "quarantined_rows": 0,
         "reports": {},
+        "fidelity": None,
         "attempts": 0,
         "training": None,
     } == stats

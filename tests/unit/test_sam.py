@@ -99,6 +99,94 @@ def test_rho_zero_is_the_base_optimizer_bit_for_bit(base: dict[str, Any], adapti
 
 
 @BASES
+def test_rho_zero_is_one_forward_pass_of_the_base_optimizer(base: dict[str, Any]) -> None:
+    """With dropout and BatchNorm, whose second passes would leave other random numbers and statistics."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 3))
+    plain = copy.deepcopy(net)
+    settings = dict(base)
+    reference = settings.pop("base_optimizer")(plain.parameters(), **settings)
+    optimizer = SAM(net.parameters(), rho=0.0, **base)
+    passes: list[bool] = []
+    net.register_forward_hook(lambda module, *_: passes.append(module.training))
+
+    for step, batch in enumerate(make_batches(4), 1):
+        torch.manual_seed(step)
+        loss = sam_step(net, optimizer, nn.functional.cross_entropy, *batch)
+        torch.manual_seed(step)
+        expected = backward(plain, batch)
+        reference.step()
+
+        assert len(passes) == step
+        assert torch.equal(loss, expected)
+        assert not loss.requires_grad
+        assert_same(list(net.state_dict().values()), list(plain.state_dict().values()))
+    assert all(p.grad is None for p in net.parameters())
+
+
+def test_rho_in_one_group_alone_needs_both_passes() -> None:
+    """The loss a^2 / 2 + b^2 / 2 at (3, 4): only b moves, by 5 * 4 / 5, before the gradient is taken."""
+    a, b = vector(3), vector(4)
+    optimizer = SAM([{"params": [a]}, {"params": [b], "rho": 5.0}], torch.optim.SGD, rho=0.0, lr=0.1)
+    model = _Parts(a, b)
+
+    sam_step(model, optimizer, lambda out, _: out.square().sum() / 2, torch.zeros(0), torch.zeros(0))
+
+    assert a.tolist() == pytest.approx([3 - 0.1 * 3])
+    assert b.tolist() == pytest.approx([4 - 0.1 * 8])
+
+
+class _Parts(nn.Module):
+    """A model whose output is its parameters, whatever comes in."""
+
+    def __init__(self, *parts: nn.Parameter) -> None:
+        super().__init__()
+        self.parts = nn.ParameterList(parts)
+
+    def forward(self, _: Tensor) -> Tensor:
+        return torch.cat(list(self.parts))
+
+
+def _weighted(v_B: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda out_BK, y_B: (v_B * nn.functional.cross_entropy(out_BK, y_B, reduction="none")).mean()
+
+
+@pytest.mark.parametrize("passes", ["both", "second"])
+def test_weighted_step_by_hand(passes: str) -> None:
+    """Logistic regression in two classes, written out: p = softmax(W x), gradient sum_i v_i (p_i - y_i) x_i^T / B."""
+    rng = torch.Generator().manual_seed(2)
+    x_BD, v_B = torch.randn(6, 4, generator=rng).double(), torch.tensor([2.0, 0.0, 0.5, 1.5, 1.0, 1.0]).double()
+    y_B = torch.tensor([0, 1, 1, 0, 1, 0])
+    net = nn.Linear(4, 2, bias=False).double()
+    w_KD = net.weight.detach().clone()
+
+    def gradient(at_KD: Tensor, weight_B: Tensor) -> Tensor:
+        error_BK = (x_BD @ at_KD.T).softmax(1) - nn.functional.one_hot(y_B, 2)
+        return (weight_B[:, None] * error_BK).T @ x_BD / 6
+
+    first_KD = gradient(w_KD, v_B if passes == "both" else torch.ones(6).double())
+    second_KD = gradient(w_KD + 0.7 * first_KD / first_KD.norm(), v_B)
+    optimizer = SAM(net.parameters(), torch.optim.SGD, rho=0.7, lr=0.3)
+    first = _weighted(v_B) if passes == "both" else nn.functional.cross_entropy
+    at_w = first(x_BD @ w_KD.T, y_B)
+
+    loss = sam_step(net, optimizer, first, x_BD, y_B, _weighted(v_B))
+
+    torch.testing.assert_close(net.weight.detach(), w_KD - 0.3 * second_KD, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(loss, at_w, rtol=1e-12, atol=0.0)
+
+
+def test_rho_zero_takes_the_second_loss() -> None:
+    """The only pass is the one whose gradient moves the weights."""
+    net, twin, (x, y) = make_net(), make_net(), make_batches(1)[0]
+    v_B = torch.linspace(0, 2, 7)
+    sam_step(net, SAM(net.parameters(), rho=0.0, **SGD), nn.functional.cross_entropy, x, y, _weighted(v_B))
+    sam_step(twin, SAM(twin.parameters(), rho=0.0, **SGD), _weighted(v_B), x, y)
+
+    assert_same(weights(net), weights(twin))
+
+
+@BASES
 @ADAPTIVE
 def test_matches_pytorch_optimizer_step_for_step(base: dict[str, Any], adaptive: bool) -> None:
     """Its definition is ours in both forms (norm over all parameters jointly, of |w| g when adaptive)."""
@@ -269,6 +357,8 @@ def test_steps_out_of_order_are_refused() -> None:
 
     with pytest.raises(StateError, match="first_step twice"):
         optimizer.first_step()
+    with pytest.raises(StateError, match="base_step after first_step: call second_step, it returns to w"):
+        optimizer.base_step()
     with pytest.raises(StateError, match="state_dict between"):
         optimizer.state_dict()
     with pytest.raises(StateError, match="load_state_dict between"):

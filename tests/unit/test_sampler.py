@@ -19,22 +19,24 @@ from shared.checkpoints import CheckpointPublisher
 from shared.errors import ConfigError, StateError
 from shared.score_store import ScoreReader, ScoreWriter
 from tests.rows import make_rows
-from trainer.curriculum import LowAdmFirst, Uniform
+from trainer.curriculum import Seen, find_policy
 from trainer.feed import ScoreFeed, ScoreView
 from trainer.sampler import CurriculumSampler, DrawCounts, draw
 
 
 @dataclasses.dataclass
 class FixedScores:
-    """Scores made here: percentiles, the versions that they are of, and the newest published version."""
+    """Scores made here: percentiles, the versions that they are of, the newest published version, and margins."""
 
     percentile_N: npt.NDArray[np.float64]
     model_version_N: npt.NDArray[np.int64]
     newest: int = 1
     bound: int = 4
+    margin_N: npt.NDArray[np.float32] | None = None
 
     def view(self) -> ScoreView:
-        return ScoreView(self.newest, self.percentile_N.copy(), self.model_version_N.copy(), self.bound).frozen()
+        percentile_N, version_N = self.percentile_N.copy(), self.model_version_N.copy()
+        return ScoreView(self.newest, percentile_N, version_N, self.bound, margin_N=self.margin_N).frozen()
 
     def newest_version(self) -> int:
         return self.newest
@@ -50,14 +52,14 @@ class Recorded:
 
     measure: str = "adm"
     trust: list[list[float]] = dataclasses.field(default_factory=list)
+    loss: list[list[float]] = dataclasses.field(default_factory=list)
     progress: list[float] = dataclasses.field(default_factory=list)
 
-    def weights(
-        self, percentile_N: npt.NDArray[np.float64], trust_N: npt.NDArray[np.float64], progress: float
-    ) -> npt.NDArray[np.float64]:
-        self.trust.append(trust_N.tolist())
+    def weights(self, seen: Seen, progress: float) -> npt.NDArray[np.float64]:
+        self.trust.append(seen.trust_N.tolist())
+        self.loss.append(seen.loss_N.tolist())
         self.progress.append(progress)
-        return np.ones(len(percentile_N))
+        return np.ones(len(seen.percentile_N))
 
 
 def take(sampler: CurriculumSampler, count: int) -> list[int]:
@@ -84,15 +86,15 @@ def test_uniform_epoch_is_a_permutation(num_samples: int, windows: int) -> None:
 
 
 def test_no_scores_and_any_policy_is_uniform() -> None:
-    sampler = CurriculumSampler(50, None, LowAdmFirst(strength=5))
+    sampler = CurriculumSampler(50, None, find_policy("soft", strength=5))
 
     assert sorted(sampler) == list(range(50))
 
 
 def test_window_draws_floor_or_ceil_of_the_expected_count() -> None:
     scores = graded(60)
-    policy = LowAdmFirst(strength=2)
-    p_N = policy.weights(scores.percentile_N, np.ones(60), 0.0)
+    policy = find_policy("soft", strength=2)
+    p_N = np.exp(-4 * (scores.percentile_N - 0.5))
     for seed in range(30):
         sampler = CurriculumSampler(60, scores, policy, seed, windows_per_epoch=2)
 
@@ -183,14 +185,14 @@ def test_seed_decides_the_draws() -> None:
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [({"tempo": 1}, r"unknown fields \['tempo'\]"), ({"rng": None}, r"missing \['rng'\]"), ({"num_samples": 11}, "11")],
+    [({"tempo": 1}, r"unknown fields \['tempo'\]"), ({"rng": ...}, r"missing \['rng'\]"), ({"num_samples": 11}, "11")],
     ids=["unknown", "missing", "size"],
 )
 def test_state_that_does_not_fit_is_refused(change: dict[str, Any], named: str) -> None:
     sampler = CurriculumSampler(10, None)
     take(sampler, 3)
     before = sampler.state_dict()
-    state = {key: value for key, value in (sampler.state_dict() | change).items() if value is not None}
+    state = {key: value for key, value in (sampler.state_dict() | change).items() if value is not ...}
 
     with pytest.raises(StateError, match=named):
         sampler.load_state_dict(state)
@@ -317,7 +319,7 @@ def test_reader_scores_are_used_and_followed(store: ScoreWriter, tmp_path: Path)
 
 def test_measure_is_the_policys(store: ScoreWriter, tmp_path: Path) -> None:
     """Loss falls as log_ratio rises in these rows."""
-    sampler = CurriculumSampler(40, ScoreReader(tmp_path / "scores"), LowAdmFirst(measure="loss"))
+    sampler = CurriculumSampler(40, ScoreReader(tmp_path / "scores"), find_policy("soft", measure="loss"))
 
     assert low_share(sampler) == pytest.approx(1 / (1 + math.e), abs=0.02)
 
@@ -352,12 +354,122 @@ def test_data_loader_gives_what_the_sampler_draws(form: str) -> None:
 
 def test_policy_by_name() -> None:
     scores = graded(40)
-    by_name, by_hand, uniform = (CurriculumSampler(40, scores, p) for p in ("low_adm_first", LowAdmFirst(), Uniform()))
+    by_name, by_hand, default = (CurriculumSampler(40, scores, *p) for p in (["soft"], [find_policy("soft")], []))
 
-    assert list(by_name) == list(by_hand)
-    assert sorted(uniform) == list(range(40))
-    with pytest.raises(ConfigError, match="low_adm_first"):
+    assert list(by_name) == list(by_hand) == list(default)
+    assert sorted(CurriculumSampler(40, scores, "uniform")) == list(range(40))
+    with pytest.raises(ConfigError, match="no curriculum 'hard_first'; known: uniform, soft, pacing, self_paced"):
         CurriculumSampler(40, scores, "hard_first")
+
+
+def test_policy_is_told_the_losses() -> None:
+    """Of margins; without any, such as of scores that somebody else made, they are unknown."""
+    told, untold = Recorded(), Recorded()
+    scores = FixedScores(np.full(3, 0.5), np.array([1, 1, -1]), margin_N=np.array([0, 50, np.nan], dtype=np.float32))
+    list(CurriculumSampler(3, scores, told, windows_per_epoch=1))
+    list(CurriculumSampler(3, dataclasses.replace(scores, margin_N=None), untold, windows_per_epoch=1))
+
+    assert told.loss == [pytest.approx([math.log(2), 50, math.nan], nan_ok=True)]
+    assert untold.loss == [pytest.approx([math.nan] * 3, nan_ok=True)]
+
+
+def test_memory_of_the_policy_is_that_of_a_readers_scores(store: ScoreWriter, tmp_path: Path) -> None:
+    """The order turns round in version 4; with a memory of 0.9 the lower half stays first, on weights e^(1 - 2 q)."""
+    samplers = [
+        CurriculumSampler(40, ScoreReader(tmp_path / "scores"), find_policy("soft", memory=memory))
+        for memory in (None, 0.9)
+    ]
+    store.append(make_rows(np.arange(30), model_version=4, log_ratio=-np.arange(30.0)))
+    store.commit()
+    forgetful, mindful = (low_share(sampler) for sampler in samplers)
+
+    assert forgetful == pytest.approx(1 / (1 + math.e), abs=0.02)
+    assert mindful > 0.6
+
+
+# -- weights of the loss -----------------------------------------------------------------------------------------------
+
+
+def weighting(num_samples: int, scores: FixedScores | None, **settings: Any) -> CurriculumSampler:
+    return CurriculumSampler(
+        num_samples, scores, find_policy("soft", strength=2), seed=3, form="weighting", **({"epochs": 4} | settings)
+    )
+
+
+@pytest.mark.parametrize("windows", [1, 3, 8])
+def test_weighting_form_draws_every_sample_once_an_epoch(windows: int) -> None:
+    sampler = weighting(50, graded(50), windows_per_epoch=windows)
+
+    assert [sorted(sampler) for _ in range(3)] == [list(range(50))] * 3
+
+
+def test_weights_of_the_loss_are_the_policys_with_mean_1() -> None:
+    """v = exp(-4 (q - 1/2)), as the weights of the sampling form, fading from window to window."""
+    scores = graded(50)
+    sampler = weighting(50, scores, windows_per_epoch=2)
+
+    assert sampler.loss_weights([0, 7]).tolist() == [1.0, 1.0]
+
+    for progress in (0.0, 1 / 8, 2 / 8, 3 / 8):
+        drawn = take(sampler, 25)
+        v_N = np.exp(-4 * (1 - progress / 0.7) * (scores.percentile_N - 0.5))
+        expected_N = v_N / v_N.mean()
+
+        assert sampler.loss_weights(np.arange(50)).mean() == pytest.approx(1.0, rel=1e-12)
+        np.testing.assert_allclose(sampler.loss_weights(drawn), expected_N[drawn], rtol=1e-12)
+
+
+def test_both_forms_have_the_same_expected_gradient_over_an_epoch() -> None:
+    """One gradient per sample. Weighting gives sum_i v_i g_i at once, sampling in the mean over many epochs."""
+    gradient_ND = np.random.default_rng(0).normal(1.0, 1.0, (40, 3))
+    weighted = CurriculumSampler(40, graded(40), form="weighting", windows_per_epoch=1)
+    sampled = CurriculumSampler(40, graded(40), seed=5, windows_per_epoch=4)
+    by_weight = sum(weighted.loss_weights([i])[0] * gradient_ND[i] for i in weighted)
+    by_draws = sum(gradient_ND[i] for _ in range(200) for i in sampled) / 200
+
+    v_N = np.exp(-2 * (graded(40).percentile_N - 0.5))
+    np.testing.assert_allclose(by_weight, 40 * v_N @ gradient_ND / v_N.sum(), rtol=1e-12)
+    np.testing.assert_allclose(by_draws, by_weight, rtol=0.01)
+
+
+def test_sampling_form_has_no_weights_of_the_loss() -> None:
+    assert CurriculumSampler(5, graded(5)).loss_weights([0]) is None
+
+
+@pytest.mark.parametrize("taken", [3, 10, 33, 50])
+def test_state_of_the_weighting_form_goes_on_with_its_weights(taken: int) -> None:
+    """Through torch.save; within a window the weights are those of its beginning."""
+    sampler, resumed = (weighting(50, graded(50), windows_per_epoch=5) for _ in range(2))
+    take(sampler, taken)
+    file = io.BytesIO()
+    torch.save(sampler.state_dict(), file)
+    file.seek(0)
+    resumed.load_state_dict(torch.load(file))
+    for _ in range(70):
+        assert resumed.loss_weights(np.arange(50)).tolist() == sampler.loss_weights(np.arange(50)).tolist()
+        assert take(resumed, 1) == take(sampler, 1)
+
+
+def test_state_of_the_other_form_is_refused() -> None:
+    sampling = CurriculumSampler(50, None, epochs=4)
+    for one, other in ((sampling, weighting(50, None)), (weighting(50, None), sampling)):
+        with pytest.raises(StateError, match="the state is of the other form, sampling or weighting; resume with the"):
+            one.load_state_dict(other.state_dict())
+
+
+def test_unknown_form_is_refused() -> None:
+    with pytest.raises(ConfigError, match="form is 'weights'; it must be 'sampling' or 'weighting'"):
+        CurriculumSampler(5, None, form="weights")
+
+
+def test_policy_that_gives_no_weights_to_draw_by_is_refused() -> None:
+    class Bad(Recorded):
+        def weights(self, seen: Seen, progress: float) -> npt.NDArray[np.float64]:
+            return np.array([1.0, -0.5])
+
+    for form in ("sampling", "weighting"):
+        with pytest.raises(ConfigError, match=r"weights from -0\.5 to 1\.0; they must be finite, from 0 up"):
+            next(iter(CurriculumSampler(2, None, Bad(), form=form)))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""`steppe compare`: methods times data sets times seeds, and what may be said of them."""

@@ -1,0 +1,135 @@
+"""What `steppe compare` reads: data sets, methods, what is searched, and what is claimed."""
+
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Field, model_validator
+
+from shared.config import Config
+from shared.errors import ConfigError
+
+
+def _is_plain(value: Any) -> Any:
+    if not isinstance(value, bool | int | float | str):
+        raise ValueError(f"{value!r} must be true or false, a number, or a text")  # noqa: TRY004 (pydantic tells these)
+    return value
+
+
+Setting = Annotated[Any, AfterValidator(_is_plain)]
+
+DECIDED = {  # settings of a run that are not for the configuration to choose
+    "train.seed": "seeds are counted from 0 in the search and from 1000 in the final runs; see seeds, search_seeds",
+    "data.noise_seed": "it is the training's seed; see seeds, search_seeds",
+    "data.validation": "only the search holds images out; set validation of the data set",
+}
+
+
+class DataSpec(Config):
+    """A data set: settings of a run, written `"data.subset" = 2000`. The search holds `validation` images out."""
+
+    label: str | None = None
+    settings: dict[str, Setting] = Field(alias="set")
+    validation: int = Field(ge=1)
+
+
+class MethodSpec(Config):
+    """A way to train: settings of a run on top of the base, or of what another method, `like`, ended up with.
+
+    `search` holds the values to try, every combination of them; the best mean validation accuracy is taken, for each
+    data set of its own. `equal_compute` stretches the epochs until the training costs as many forward equivalents as
+    that method, its scorers counted.
+    """
+
+    label: str | None = None
+    like: str | None = None
+    settings: dict[str, Setting] = Field(default_factory=dict, alias="set")
+    search: dict[str, Annotated[list[Setting], Field(min_length=1)]] = Field(default_factory=dict)
+    equal_compute: str | None = None
+
+
+class EquivalenceSpec(Config):
+    """Methods `a` and `b` are claimed to be the same within `margin` percentage points."""
+
+    a: str
+    b: str
+    margin: float = Field(default=0.5, gt=0)
+
+
+class CompareConfig(Config):
+    """Methods x data sets x seeds. `base` holds the sections of a run that all of them share.
+
+    `candidate` is compared with each of `controls`. Seeds of the search are 0, 1, ...; those of the final runs 1000,
+    1001, ...: no run that chose a setting is among those that are reported.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
+    candidate: str
+    controls: list[str] = Field(min_length=1)
+    equivalences: list[EquivalenceSpec] = Field(default_factory=list)
+    seeds: int = Field(default=8, ge=2, le=1000)
+    search_seeds: int = Field(default=3, ge=1, le=1000)
+    base: dict[str, Any] = Field(default_factory=dict)
+    data: dict[str, DataSpec] = Field(min_length=1)
+    method: dict[str, MethodSpec] = Field(min_length=2)
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> "CompareConfig":
+        named = [self.candidate, *self.controls]
+        for pair in self.equivalences:
+            named += [pair.a, pair.b]
+        for name in [*named, *(other for spec in self.method.values() for other in needs(spec))]:
+            if name not in self.method:
+                raise ConfigError(f"no method {name!r}; there are {', '.join(self.method)}")
+        if self.candidate in self.controls:
+            raise ConfigError(f"the candidate, {self.candidate}, is among controls; a method is no control of itself")
+        if len(set(self.controls)) < len(self.controls):
+            raise ConfigError(f"controls names a method twice: {', '.join(self.controls)}")
+        stages(self)
+        return self
+
+    @model_validator(mode="after")
+    def _decides_nothing_of_ours(self) -> "CompareConfig":
+        sections = [(key, value) for key, value in self.base.items() if isinstance(value, dict)]
+        given = {"base": {f"{key}.{name}" for key, section in sections for name in section}}
+        given |= {f"data.{name}": set(spec.settings) for name, spec in self.data.items()}
+        given |= {f"method.{name}": {*spec.settings, *spec.search} for name, spec in self.method.items()}
+        for place, keys in given.items():
+            for key in sorted(keys & DECIDED.keys()):
+                raise ConfigError(f"{place} sets {key}, but {DECIDED[key]}")
+        for name, spec in self.method.items():
+            if spec.equal_compute and "train.epochs" in given[f"method.{name}"]:
+                raise ConfigError(f"method.{name} sets train.epochs, which equal_compute decides; leave one out")
+            if spec.like and self.method[spec.like].equal_compute:
+                raise ConfigError(
+                    f"method.{name} is like {spec.like}, whose epochs are not known before the final runs; let it be "
+                    "like another, with an equal_compute of its own"
+                )
+        return self
+
+
+def needs(spec: MethodSpec) -> list[str]:
+    """The methods whose settings, or costs, must be known first."""
+    return [other for other in (spec.like, spec.equal_compute) if other is not None]
+
+
+def stages(config: CompareConfig) -> list[list[str]]:
+    """The methods in order: each stage needs only those before. Raises ConfigError for a circle."""
+    ordered: list[list[str]] = []
+    left = dict(config.method)
+    while left:
+        known = {name for stage in ordered for name in stage}
+        ready = [name for name, spec in left.items() if known.issuperset(needs(spec))]
+        if not ready:
+            circle = _circle(left)
+            raise ConfigError(f"methods need one another in a circle: {' -> '.join(circle)}; see like, equal_compute")
+        ordered.append(ready)
+        for name in ready:
+            del left[name]
+    return ordered
+
+
+def _circle(methods: dict[str, MethodSpec]) -> list[str]:
+    """One among `methods`, each of which needs another of them; its first name is also the last."""
+    path = [next(iter(methods))]
+    while path.count(path[-1]) == 1:
+        path.append(next(other for other in needs(methods[path[-1]]) if other in methods))
+    return path[path.index(path[-1]) :]

@@ -1,0 +1,184 @@
+"""What a run found out, as a file or on the terminal; from the run's folder alone, while it goes on or long after.
+
+An export is a table and the facts that belong beside it; a format is a function of one.
+"""
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from services.suspects import estimate, quality, suspects
+from shared.catalogue import Run
+from shared.errors import ConfigError, RunError, StoreError
+from shared.schema import arrow_file
+from shared.score_store import ScoreReader
+from shared.storage import Folder, local_path
+
+SHOWN_ROWS = 20  # on a terminal, unless told
+HEADERS = {"sample_id": "id", "model_version": "version", "clean_label": "clean"}  # so that a table fits 80 columns
+
+
+@dataclasses.dataclass(frozen=True)
+class Export:
+    """`table` is what `name` says; `facts` tell of the whole, also where the table is cut."""
+
+    name: str
+    table: pa.Table
+    facts: dict[str, Any]
+
+
+def export(run: Run, *, form: str | None, out: str | None, limit: int | None) -> None:
+    """Send the suspects among the samples of `run` to `out`, or to stdout.
+
+    Args:
+        form: table, csv, json or arrow; None takes what the name of `out` ends in, and a table on stdout.
+        limit: at most so many rows; None is all, of a table the first SHOWN_ROWS.
+
+    Raises: ConfigError for a format and a file that do not go together, and for a file that cannot be written;
+        StoreError when nothing is scored; RunError when the run's samples cannot be read.
+    """
+    form = choose_format(form, out)
+    if form == "table":
+        print_suspects(export_suspects(run, limit or SHOWN_ROWS))
+        return
+    exported = export_suspects(run, limit)
+    data = FORMATS[form](exported)
+    if out is None:
+        print(bytes(data).decode(), end="")
+    else:
+        write_file(out, data)
+        print(f"wrote {exported.table.num_rows} {exported.name} to {out}")
+
+
+def choose_format(form: str | None, out: str | None) -> str:
+    """The format, and whether it can go where it is asked to. Raises ConfigError."""
+    known = ", ".join(["table", *FORMATS])
+    if form is None:
+        form = "table" if out is None else Path(out).suffix.removeprefix(".")
+        if out is not None and form not in FORMATS:
+            raise ConfigError(f"--out {out} does not say which format; add --format {' or '.join(FORMATS)}")
+    if form not in ("table", *FORMATS):
+        raise ConfigError(f"no format {form!r}; known: {known}")
+    if form == "table" and out is not None:
+        raise ConfigError(f"--format table is for the terminal; for a file choose one of {', '.join(FORMATS)}")
+    if form == "arrow" and out is None:
+        raise ConfigError("--format arrow is not text; add --out FILE")
+    return form
+
+
+def export_suspects(run: Run, limit: int | None = None) -> Export:
+    """The samples that look mislabelled, at most `limit` of them. Raises as `export`."""
+    reader, samples = _scores(run), _samples(run)
+    found = suspects(reader, samples)
+    facts = {
+        "run": run.description["run_id"],
+        "store_version": reader.version,
+        "measure": "loss",
+        "meaning": "another class is predicted and the label is less likely than chance; "
+        "highest percentile of the loss within its model_version first",
+        "scored": reader.table().num_rows,
+        "found": found.num_rows,
+        "share": estimate(reader, samples),
+        "quality": quality(reader, samples),
+    }
+    return Export("suspects", found.slice(0, limit), facts)
+
+
+def print_suspects(exported: Export) -> None:
+    """The suspects as people read them, on stdout."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    facts, console = exported.facts, Console(highlight=False)
+    names = ["sample_id", "key", "label", "predicted", "loss", "percentile", "adm", "model_version"]
+    names += ["clean_label"] * ("clean_label" in exported.table.column_names)
+    table = Table(box=None)
+    for name in names:
+        table.add_column(HEADERS.get(name, name), overflow="fold", justify="left" if name == "key" else "right")
+    for row in exported.table.select(names).to_pylist():
+        table.add_row(*(_shown(value) if name != "key" else escape(str(value)) for name, value in row.items()))
+    if table.row_count:
+        console.print(table)
+    said = [
+        f"{facts['found']} of {facts['scored']} scored samples look mislabelled ({facts['share']:.1%}), by loss at "
+        f"store version {facts['store_version']}"
+    ]
+    if table.row_count < facts["found"]:
+        said.append(f"shown: the {table.row_count} most suspicious; more with --limit")
+    if facts["quality"]:
+        said.append(_quality_line(facts["quality"]))
+    for line in said:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def write_file(out: str, data: "bytes | pa.Buffer") -> None:
+    """Write `out` whole, or leave what was there. Raises ConfigError when it cannot be written."""
+    path = local_path(out)
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"--out {out} is there and no file; name a file")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--out {out}: there is no folder {path.parent}; make it first, or name another")
+    try:
+        Folder(path.parent).put(path.name, data)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write {out}: {error.strerror}; name a file in a folder that you may write to and that has space"
+        ) from error
+
+
+def _scores(run: Run) -> ScoreReader:
+    unscored = StoreError(f"run {run.path} has no scores yet; to see how far it is: steppe status {run.path}")
+    if not (run.scores_uri / "store.json").exists():
+        raise unscored
+    reader = ScoreReader(run.scores_uri)
+    if not reader.version:
+        raise unscored
+    return reader
+
+
+def _samples(run: Run) -> pa.Table:
+    try:
+        return run.samples()
+    except (OSError, pa.ArrowInvalid) as error:
+        raise RunError(
+            f"cannot read {run.path / 'samples.arrow'}: {error}; bring it back from a copy, or start a new run"
+        ) from error
+
+
+def _csv(exported: Export) -> bytes:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(exported.table.column_names)
+    writer.writerows(row.values() for row in exported.table.to_pylist())
+    return text.getvalue().encode()
+
+
+def _json(exported: Export) -> bytes:
+    return (json.dumps(exported.facts | {exported.name: exported.table.to_pylist()}, indent=1) + "\n").encode()
+
+
+def _arrow(exported: Export) -> pa.Buffer:
+    """An Arrow IPC file; its schema's metadata has the facts as JSON under `steppe`."""
+    return arrow_file(exported.table.replace_schema_metadata({"steppe": json.dumps(exported.facts)}))
+
+
+FORMATS: dict[str, Callable[[Export], "bytes | pa.Buffer"]] = {"csv": _csv, "json": _json, "arrow": _arrow}
+
+
+def _shown(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _quality_line(found: dict[str, Any]) -> str:
+    precision, recall, auc = (_shown(found[name]) for name in ("precision", "recall", "auc"))
+    return (
+        f"against the {found['known']} clean labels that are known, {found['mislabelled']} of them different: "
+        f"precision {precision}, recall {recall}, AUC of the ranking {auc}"
+    )

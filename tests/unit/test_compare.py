@@ -1,0 +1,429 @@
+"""What a comparison does without training: its configuration, cells, search, epochs, and the time that is left."""
+
+import functools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deploy.compare import compare as module
+from deploy.compare.cells import Cell, CellStore, Facts, make_cell
+from deploy.compare.compare import compare, epochs_for, report_only
+from deploy.compare.config import CompareConfig, stages
+from deploy.compare.progress import Progress
+from deploy.compare.report import to_text
+from deploy.compare.workers import Workers
+from deploy.interrupts import Interrupts
+from shared.config import make_config, read_config
+from shared.errors import CellFailed, ConfigError, DataError, RunError
+
+BASE: dict[str, Any] = {
+    "name": "tiny",
+    "candidate": "adm",
+    "controls": ["sam"],
+    "seeds": 2,
+    "search_seeds": 2,
+    "base": {"train": {"epochs": 4}},
+    "data": {"digits": {"validation": 300, "set": {}}},
+    "method": {
+        "sam": {"set": {"scoring.mode": "off"}, "search": {"train.sam.rho": [0.02, 0.05]}},
+        "adm": {"like": "sam", "set": {"scoring.mode": "every_epoch"}},
+    },
+}
+
+
+def configured(**changes: Any) -> CompareConfig:
+    return make_config(CompareConfig, BASE | changes)
+
+
+def methods(**added: Any) -> dict[str, Any]:
+    return BASE["method"] | added
+
+
+class Trained:
+    """In place of trainings: accuracies by a function of the cell. Nothing is started, cells are written as ever."""
+
+    def __init__(self, accuracy: Any) -> None:
+        self._accuracy = accuracy
+        self.trained: list[Cell] = []
+
+    def train(self, store: CellStore, cells: Sequence[Cell], workers: Workers, cores: int, on_done: Any) -> None:
+        for cell in cells:
+            if store.result(cell) is None:
+                self.trained.append(cell)
+                store._folder.put(f"{cell.key}.json", json.dumps(self.facts(cell)).encode())
+                on_done(cell, store.result(cell))
+
+    def facts(self, cell: Cell) -> Facts:
+        accuracy = self._accuracy(cell)
+        if accuracy is None:
+            return {"accuracy": None, "failed": "the loss is nan"}
+        scored = 3 * (cell.config.train.epochs - 1) if cell.config.scoring.mode == "every_epoch" else 0
+        return {
+            "accuracy": accuracy,
+            "seconds": 1.0,
+            "seconds_per_epoch": 1.0,
+            "forward_equivalents": 1437 * (6 * cell.config.train.epochs + scored),
+            "fidelity": None,
+            "age_versions_p50": None,
+            "age_versions_p95": None,
+        }
+
+
+def _train_by(store: CellStore, fake: Trained, *given: Any) -> None:
+    fake.train(store, *given)
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def by(accuracy: Any) -> Trained:
+        fake = Trained(accuracy)
+        monkeypatch.setattr(CellStore, "train", functools.partialmethod(_train_by, fake))
+        monkeypatch.setattr(module._Comparison, "_plot", lambda *_: None)
+        return fake
+
+    return by
+
+
+def rho(cell: Cell) -> float:
+    return cell.config.train.sam.rho
+
+
+def chosen(folder: Path) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = json.loads((folder / "settings.json").read_bytes())["chosen"]["digits"]
+    return found
+
+
+def test_toml_is_read_with_set_and_nested_sections(tmp_path: Path) -> None:
+    path = tmp_path / "compare.toml"
+    path.write_text(
+        'name = "n"\ncandidate = "a"\ncontrols = ["b"]\n[base.train.sam]\nrho = 0.1\n[data.d]\nvalidation = 10\n'
+        'set = { "data.name" = "digits" }\n[method.a]\nset = { "train.epochs" = 2 }\n[method.b]\nlike = "a"\n'
+    )
+    config = read_config(CompareConfig, path, ["seeds=3"])
+
+    assert config.base == {"train": {"sam": {"rho": 0.1}}}
+    assert config.data["d"].settings == {"data.name": "digits"}
+    assert config.method["a"].settings == {"train.epochs": 2}
+    assert config.seeds == 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"candidate": "adn"}, "no method 'adn'; there are sam, adm"),
+        ({"controls": ["sam", "erm"]}, "no method 'erm'"),
+        ({"controls": ["adm"]}, "the candidate, adm, is among controls"),
+        ({"controls": ["sam", "sam"]}, "controls names a method twice"),
+        ({"equivalences": [{"a": "sam", "b": "asam"}]}, "no method 'asam'"),
+        ({"method": methods(x={"like": "y"})}, "no method 'y'"),
+        (
+            {"method": methods(x={"like": "y"}, y={"equal_compute": "x"}, z={"like": "x"})},
+            "in a circle: x -> y -> x;",
+        ),
+        ({"method": methods(z={"like": "x"}, x={"like": "x"})}, "in a circle: x -> x;"),
+        ({"method": methods(x={"sett": {}})}, "method.x.sett: unknown setting; did you mean method.x.set?"),
+        ({"method": methods(x={"search": {"train.sam.rho": []}})}, "must name at least 1"),
+        ({"method": methods(x={"set": {"train.sam.rho": [1]}})}, r"method.x.set.train.sam.rho: \[1\] must be"),
+        ({"method": methods(x={"set": {"train.seed": 3}})}, "method.x sets train.seed, but seeds are counted"),
+        ({"method": methods(x={"search": {"data.validation": [3]}})}, "method.x sets data.validation, but only the"),
+        ({"base": {"data": {"noise_seed": 3}}}, "base sets data.noise_seed"),
+        ({"data": {"digits": {"validation": 9, "set": {"data.validation": 5}}}}, "data.digits sets data.validation"),
+        (
+            {"method": methods(x={"equal_compute": "sam", "set": {"train.epochs": 3}})},
+            "method.x sets train.epochs, which equal_compute decides",
+        ),
+        ({"method": methods(x={"equal_compute": "sam"}, y={"like": "x"})}, "method.y is like x, whose epochs"),
+        ({"data": {"digits": {"set": {}}}}, "data.digits.validation: missing"),
+        ({"seeds": 1}, "seeds = 1: must be at least 2"),
+    ],
+)
+def test_what_cannot_work_is_refused_by_name(changes: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        configured(**changes)
+
+
+def test_stages_follow_what_methods_need() -> None:
+    config = configured(method=methods(random={"like": "adm"}, plain={}, more={"like": "sam", "equal_compute": "adm"}))
+
+    assert stages(config) == [["sam", "plain"], ["adm"], ["random", "more"]]
+
+
+def test_two_cells_with_the_same_settings_have_one_key() -> None:
+    base = {"run": {"root": "here"}}
+    same = [make_cell("digits", name, 3, base, {"train.sam.rho": 0.1}) for name in ("a", "b")]
+    others = [
+        make_cell("digits", "a", 4, {}, {"train.sam.rho": 0.1}),
+        make_cell("digits", "a", 3, {}, {"train.sam.rho": 0.2}),
+        make_cell("digits", "a", 3, {}, {"train.sam.rho": 0.1, "data.label_noise": 0.2}),
+    ]
+
+    assert same[0].key == same[1].key == make_cell("digits", "a", 3, {}, {"train.sam.rho": 0.1}).key
+    assert len({cell.key for cell in (*same, *others)}) == 4
+
+
+def test_settings_reach_a_run_as_they_are_written() -> None:
+    """Through TOML and back: texts beyond ASCII, exponents, booleans."""
+    written = {"data.root": "/Bilder/🖼 „x“", "train.weight_decay": 1e-7, "train.sam.adaptive": True}
+    config = make_cell("d", "m", 0, {}, written).config
+
+    assert (config.data.root, config.train.weight_decay, config.train.sam.adaptive) == tuple(written.values())
+
+
+def test_scorers_beside_the_training_take_a_core() -> None:
+    slots = {mode: make_cell("d", "m", 0, {}, {"scoring.mode": mode}).slots for mode in ("off", "every_epoch", "async")}
+
+    assert slots == {"off": 1, "every_epoch": 1, "async": 2}
+    assert make_cell("d", "m", 0, {}, {"train.threads": 3}).slots == 4
+
+
+def test_the_best_mean_on_validation_is_chosen_and_inherited(trained: Any, tmp_path: Path) -> None:
+    """0.05 is best by seed 0 alone, 0.02 by the mean."""
+    values = {(0.02, 0): 0.8, (0.02, 1): 0.8, (0.05, 0): 0.9, (0.05, 1): 0.6}
+    fake = trained(lambda cell: values.get((rho(cell), cell.seed), 0.5))
+    compare(configured(), tmp_path, "", 1, str)
+
+    assert chosen(tmp_path) == {
+        "sam": {"scoring.mode": "off", "train.sam.rho": 0.02},
+        "adm": {"scoring.mode": "every_epoch", "train.sam.rho": 0.02},
+    }
+    assert {rho(cell) for cell in fake.trained if cell.seed >= 1000} == {0.02}
+
+
+def test_of_equals_the_first_listed_is_chosen(trained: Any, tmp_path: Path) -> None:
+    trained(lambda _: 0.5)
+    compare(configured(), tmp_path, "", 1, str)
+
+    assert chosen(tmp_path)["sam"]["train.sam.rho"] == 0.02
+
+
+def test_a_diverged_trial_counts_as_nothing_right(trained: Any, tmp_path: Path) -> None:
+    """0.02: 0.9 and diverged; 0.05: 0.5 twice."""
+    trained(lambda cell: {(0.02, 0): 0.9, (0.02, 1): None}.get((rho(cell), cell.seed), 0.5))
+    compare(configured(), tmp_path, "", 1, str)
+
+    assert chosen(tmp_path)["sam"]["train.sam.rho"] == 0.05
+
+
+def test_each_data_set_has_settings_of_its_own(trained: Any, tmp_path: Path) -> None:
+    data = {"digits": {"validation": 300, "set": {}}, "few": {"validation": 300, "set": {"data.subset": 100}}}
+    trained(lambda cell: rho(cell) if cell.data == "digits" else 1 - rho(cell))
+    compare(configured(data=data), tmp_path, "", 1, str)
+    found = json.loads((tmp_path / "settings.json").read_bytes())["chosen"]
+
+    assert [found[name]["adm"]["train.sam.rho"] for name in ("digits", "few")] == [0.05, 0.02]
+
+
+def test_the_search_sees_other_seeds_and_no_test_split(trained: Any, tmp_path: Path) -> None:
+    fake = trained(lambda _: 0.5)
+    compare(configured(), tmp_path, "", 1, str)
+    seen = [(cell.config.data.validation, cell.config.train.seed) for cell in fake.trained]
+
+    assert seen == [(300, 0), (300, 1)] * 2 + [(None, 1000), (None, 1001)] * 2
+
+
+def test_a_diverged_final_run_is_said_and_in_no_mean(trained: Any, tmp_path: Path) -> None:
+    trained(lambda cell: None if (cell.method, cell.seed) == ("adm", 1001) else 0.5)
+    said: list[str] = []
+    found = compare(configured(), tmp_path, "", 1, said.append)
+    results = json.loads((tmp_path / "results.json").read_bytes())
+
+    assert [row["n"] for row in found["tables"][0]["rows"]] == [2, 1]
+    assert results["diverged"] == [{"data": "digits", "method": "adm", "seed": 1001, "reason": "the loss is nan"}]
+    assert "Diverged, and in no mean: digits adm seed 1001." in to_text(found)
+    assert "Unfinished" not in to_text(found)
+    assert any("digits adm seed 1001: diverged: the loss is nan" in line for line in said)
+
+
+def test_equal_compute_has_no_cost_when_all_diverged(trained: Any, tmp_path: Path) -> None:
+    trained(lambda cell: None if cell.method == "adm" else 0.5)
+    with pytest.raises(ConfigError, match="all runs of adm on digits diverged, so more has no cost to be equal to"):
+        compare(configured(method=methods(more={"like": "sam", "equal_compute": "adm"})), tmp_path, "", 1, str)
+
+
+def test_equal_compute_stays_as_settled_when_seeds_are_added(trained: Any, tmp_path: Path) -> None:
+    """4 epochs of SAM with scores before three of them: 4 * 6 + 3 * 3 = 33 a sample, 5.5 epochs of SAM alone."""
+    fake = trained(lambda _: 0.5)
+    method = methods(more={"like": "sam", "equal_compute": "adm"})
+    compare(configured(method=method), tmp_path, "", 1, str)
+    assert json.loads((tmp_path / "epochs.json").read_bytes()) == {"digits": {"more": 6}}
+
+    fake.trained.clear()
+    (tmp_path / "epochs.json").write_text('{"digits": {"more": 7}}')
+    compare(configured(method=method, seeds=3), tmp_path, "", 1, str)
+    assert {(cell.method, cell.seed, cell.config.train.epochs) for cell in fake.trained} >= {
+        ("sam", 1002, 4),
+        ("adm", 1002, 4),
+        ("more", 1002, 7),
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "cost", "epochs"),
+    [
+        ({"train.sam.rho": 0.05, "scoring.mode": "off"}, 6 * 100 * 7, 7),
+        ({"train.sam.rho": 0.0, "scoring.mode": "off"}, 6 * 100 * 7, 14),
+        ({"train.sam.rho": 0.05, "scoring.mode": "every_epoch"}, 100 * (6 * 7 + 3 * 6), 7),
+        ({"train.sam.rho": 0.05, "scoring.mode": "off"}, 1.0, 1),
+    ],
+)
+def test_epochs_for_a_cost(settings: dict[str, Any], cost: float, epochs: int) -> None:
+    assert epochs_for(cost, make_cell("d", "m", 0, {}, settings).config, 100) == epochs
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "text"),
+    [
+        ({"base": {"train": {"epoch": 3}}}, ConfigError, "method sam on digits: train.epoch: unknown setting; did you"),
+        (
+            {"method": methods(x={"search": {"train.sam.rho": [0.1, -1]}})},
+            ConfigError,
+            "method x on digits: train.sam.rho = -1: must be at least 0",
+        ),
+        ({"data": {"d": {"validation": 1437, "set": {}}}}, DataError, "method sam on d: data.validation is 1437"),
+        (
+            {"data": {"d": {"validation": 9, "set": {"data.name": "fashion_mnist", "data.root": "/nowhere"}}}},
+            DataError,
+            "method sam on d: Fashion-MNIST is not at /nowhere",
+        ),
+        ({"base": {"train": {"batch_size": 1400}}}, ConfigError, "method sam on digits: train.batch_size is 1400"),
+        (
+            {"method": methods(x={"equal_compute": "sam", "set": {"scoring.mode": "async"}})},
+            ConfigError,
+            "method x on digits: what scoring.mode 'async' costs is not known",
+        ),
+    ],
+)
+def test_no_cell_is_trained_when_one_cannot_be(
+    trained: Any, tmp_path: Path, changes: dict[str, Any], kind: type[Exception], text: str
+) -> None:
+    fake = trained(lambda _: 0.5)
+    with pytest.raises(kind, match=text):
+        compare(configured(**changes), tmp_path, "", 1, str)
+
+    assert not fake.trained
+
+
+def test_other_images_are_refused(trained: Any, tmp_path: Path) -> None:
+    trained(lambda _: 0.5)
+    compare(configured(), tmp_path, "", 1, str)
+    committed = json.loads((tmp_path / "settings.json").read_bytes())
+    (tmp_path / "settings.json").write_text(json.dumps(committed | {"fingerprints": {"digits": "another"}}))
+
+    with pytest.raises(ConfigError, match="chosen on other images of digits"):
+        compare(configured(), tmp_path, "", 1, str)
+
+
+@pytest.mark.parametrize(("content", "text"), [("{", "is not whole"), ("{}", "lacks 'of'")])
+def test_a_damaged_commitment_is_refused(trained: Any, tmp_path: Path, content: str, text: str) -> None:
+    fake = trained(lambda _: 0.5)
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(ConfigError, match=text):
+        compare(configured(), tmp_path, "", 1, str)
+
+    assert not fake.trained
+
+
+def test_candidate_controls_and_labels_may_change_afterwards(trained: Any, tmp_path: Path) -> None:
+    fake = trained(lambda _: 0.5)
+    compare(configured(), tmp_path, "", 1, str)
+    count = len(fake.trained)
+    method = {name: spec | {"label": f"method {name}"} for name, spec in BASE["method"].items()}
+    found = compare(configured(candidate="sam", controls=["adm"], method=method), tmp_path, "", 1, str)
+
+    assert found["candidate_label"] == "method sam"
+    assert len(fake.trained) == count
+
+
+def test_nothing_to_report_before_the_settings_are_chosen(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no settings are chosen yet; train first"):
+        report_only(configured(), tmp_path / "none", "")
+
+    assert not (tmp_path / "none").exists()
+
+
+def test_nothing_to_report_before_a_final_run(trained: Any, tmp_path: Path) -> None:
+    trained(lambda cell: 0.5 if cell.seed < 1000 else 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        compare(configured(), tmp_path, "", 1, str)
+    with pytest.raises(ConfigError, match="no final run is finished; train first"):
+        report_only(configured(), tmp_path, "")
+
+
+def test_time_left_counts_the_cores_that_have_a_cell(tmp_path: Path) -> None:
+    """Of four cells of 60 s each: 3 * 60 / 2 after the first; with 8 cores the last ones still take a minute."""
+    for cores, expected in ((2, ["about 2 min", "about 60 s", "about 60 s"]), (8, ["about 60 s"] * 3)):
+        cells = [make_cell("digits", "sam", seed, {}, {"scoring.mode": "off"}) for seed in range(4)]
+        said: list[str] = []
+        progress = Progress("search", cells, CellStore(tmp_path), cores, said.append)
+        for cell in cells:
+            progress.done(cell, {"accuracy": 0.5, "seconds": 60.0})
+
+        assert said[0] == "search: 4 trainings"
+        assert [line.split("; ")[1] for line in said[1:-1]] == [f"{text} left" for text in expected]
+        assert said[-1] == "search 4/4  digits sam seed 3: accuracy 0.5000 in 60 s"
+
+
+class Job:
+    """What a worker can be given without torch."""
+
+    def __init__(self, does: str, slots: int = 1) -> None:
+        self.does, self.slots = does, slots
+
+    def __str__(self) -> str:
+        return f"the job {self.does}"
+
+
+def do(job: Job) -> None:
+    import os
+    import signal
+
+    print("at work", flush=True)
+    if job.does == "raise":
+        raise ZeroDivisionError("divided")
+    if job.does == "fill":
+        raise OSError(28, "No space left on device", "somewhere")
+    if job.does == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_workers_are_replaced_and_no_job_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More slots than cores run alone, and a worker ends after its share of jobs."""
+    monkeypatch.setattr("deploy.compare.workers.CELLS_PER_PROCESS", 2)
+    jobs = [Job("nothing", slots=1 + 2 * (number == 3)) for number in range(7)]
+    done: list[Job] = []
+    with Workers(do, tmp_path / "log", Interrupts()) as workers:
+        workers.run(jobs, 2, done.append)
+
+    assert sorted(map(id, done)) == sorted(map(id, jobs))
+    assert (tmp_path / "log").read_text().count("at work") == 7
+
+
+@pytest.mark.parametrize(
+    ("does", "text"),
+    [
+        ("raise", "the job raise failed: ZeroDivisionError: divided; its last words are in "),
+        ("fill", r"the job fill failed: No space left on device: somewhere; "),
+        ("die", r"the job die was killed \(SIGKILL\), as the system does when memory runs out: take fewer --cores; "),
+    ],
+)
+def test_a_job_that_fails_is_told_by_its_name(tmp_path: Path, does: str, text: str) -> None:
+    done: list[Job] = []
+    with (
+        pytest.raises(CellFailed, match=text),
+        Workers(do, tmp_path / "log", Interrupts()) as workers,
+    ):
+        workers.run([Job("nothing"), Job(does), Job("nothing")], 1, done.append)
+
+    assert len(done) == 1
+
+
+def test_a_folder_at_work_is_refused(trained: Any, tmp_path: Path) -> None:
+    trained(lambda _: 0.5)
+    with (
+        module._locked(tmp_path),
+        pytest.raises(RunError, match=r"another steppe compare is at work in .*; --report tells what is finished"),
+    ):
+        compare(configured(), tmp_path, "", 1, str)

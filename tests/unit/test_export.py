@@ -1,0 +1,233 @@
+"""`steppe export`: what it prints and writes, from a real run folder."""
+
+import csv
+import errno
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from typer.testing import CliRunner
+
+from deploy.cli import app, main
+from shared.catalogue import Run
+from shared.samples import Images
+from shared.schema import arrow_file
+from shared.score_store import ScoreWriter
+from tests.rows import make_rows
+
+ROOT = Path(__file__).parents[2]
+SUSPECTS = [3, 1]
+COLUMNS = ["sample_id", "key", "label", "predicted", "loss", "margin", "percentile", "adm", "model_version", "step"]
+
+
+def make_run(folder: Path, samples: int = 4, clean: list[int | None] | None = None) -> Run:
+    """Every label is 0; keys look like markup to rich, and hold what CSV must quote."""
+    images = Images(np.zeros((samples, 1, 2, 2), np.uint8), np.zeros(samples, np.int64), white=1, num_classes=2)
+    run = Run.create(folder, dataset_fingerprint="f", train=images, config={}, scoring_id="s")
+    key, known = [f'a,"[b]{i}' for i in range(samples)], pa.array(clean or [None] * samples, pa.int64())
+    table = pa.table({"sample_id": range(samples), "key": key, "label": images.label_N, "clean_label": known})
+    (run.path / "samples.arrow").write_bytes(arrow_file(table))
+    return run
+
+
+def commit(run: Run, *tables: pa.Table) -> None:
+    with ScoreWriter(run.scores_uri, run.num_samples, scoring_id="s") as writer:
+        for table in tables:
+            writer.append(table)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """Samples 3 and 1 look mislabelled, 0 does not, 2 is unscored; 3 is mislabelled indeed."""
+    run = make_run(tmp_path / "runs" / "one", clean=[0, 0, 0, 1])
+    commit(run, make_rows([0, 1, 3], 2, margin=np.array([-1.0, 1.0, 2.0]), predicted=np.array([0, 1, 1])))
+    return run
+
+
+def export(*arguments: object) -> str:
+    result = CliRunner().invoke(app, ["export", *map(str, arguments)], catch_exceptions=False)
+
+    assert result.exit_code == 0
+    return result.stdout
+
+
+def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """What a command that fails says: one line, and nothing on stdout."""
+    monkeypatch.setattr(sys, "argv", ["steppe", "export", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    said = capsys.readouterr()
+
+    assert (ended.value.code, said.out, said.err.count("\n")) == (1, "", 1)
+    return said.err
+
+
+def test_table_shows_the_suspects_and_what_is_known_of_the_list(run):
+    lines = export(run.path, "--suspects").splitlines()
+
+    assert [line.split() for line in lines[:3]] == [
+        ["id", "key", "label", "predicted", "loss", "percentile", "adm", "version", "clean"],
+        ["3", 'a,"[b]3', "0", "1", "2.1269", "0.8333", "0.4621", "2", "1"],
+        ["1", 'a,"[b]1', "0", "1", "1.3133", "0.5000", "0.4621", "2", "0"],
+    ]
+    assert lines[3:] == [
+        "2 of 3 scored samples look mislabelled (66.7%), by loss at store version 1",
+        "against the 3 clean labels that are known, 1 of them different: "
+        "precision 0.5000, recall 1.0000, AUC of the ranking 1.0000",
+    ]
+
+
+@pytest.mark.parametrize(("arguments", "shown"), [((), 20), (("--limit", 22), 22), (("--limit", 99), 25)])
+def test_table_is_cut_and_says_so(tmp_path, arguments, shown):
+    run = make_run(tmp_path / "run", 30)
+    commit(run, make_rows(range(25), margin=3.0, predicted=1))
+    lines = export(run.path, "--suspects", *arguments).splitlines()
+    ids = [int(line.split()[0]) for line in lines[1 : shown + 1]]
+
+    assert ids == list(range(shown))
+    assert lines[shown + 1].startswith("25 of 25 scored samples")
+    assert lines[shown + 2 :] == ([f"shown: the {shown} most suspicious; more with --limit"] if shown < 25 else [])
+
+
+def test_table_without_suspects_is_one_line(tmp_path):
+    run = make_run(tmp_path / "run")
+    commit(run, make_rows([0, 1]))
+
+    assert export(run.path, "--suspects") == (
+        "0 of 2 scored samples look mislabelled (0.0%), by loss at store version 1\n"
+    )
+
+
+def test_json_is_one_object_whose_facts_are_of_the_whole_list(run):
+    found = json.loads(export(run.path, "--suspects", "--format", "json", "--limit", 1))
+
+    assert [row["sample_id"] for row in found.pop("suspects")] == SUSPECTS[:1]
+    assert "less likely than chance" in found.pop("meaning")
+    assert found == {
+        "run": "one",
+        "store_version": 1,
+        "measure": "loss",
+        "scored": 3,
+        "found": 2,
+        "share": pytest.approx(2 / 3),
+        "quality": {"precision": 0.5, "recall": 1.0, "auc": 1.0, "mislabelled": 1, "known": 3},
+    }
+
+
+def test_json_says_null_where_no_clean_label_is_known(tmp_path):
+    run = make_run(tmp_path / "run")
+    commit(run, make_rows([0]))
+    found = json.loads(export(run.path, "--suspects", "--format", "json"))
+
+    assert (found["suspects"], found["quality"]) == ([], None)
+
+
+def test_csv_reads_back_as_the_json_rows(run):
+    text = export(run.path, "--suspects", "--format", "csv")
+    rows = json.loads(export(run.path, "--suspects", "--format", "json"))["suspects"]
+
+    assert [row["key"] for row in rows] == ['a,"[b]3', 'a,"[b]1']
+    assert list(rows[0]) == [*COLUMNS, "clean_label"]
+    assert list(csv.DictReader(io.StringIO(text))) == [
+        {name: str(value) for name, value in row.items()} for row in rows
+    ]
+
+
+def test_arrow_file_holds_rows_and_facts(run, tmp_path):
+    export(run.path, "--suspects", "--out", tmp_path / "found.arrow")
+    table = pa.ipc.open_file(pa.memory_map(str(tmp_path / "found.arrow"))).read_all()
+    found = json.loads(export(run.path, "--suspects", "--format", "json"))
+
+    assert table.to_pylist() == found.pop("suspects")
+    assert json.loads(table.schema.metadata[b"steppe"]) == found
+
+
+@pytest.mark.parametrize("form", ["csv", "json"])
+def test_file_holds_what_stdout_shows(run, tmp_path, form):
+    """In the format that its name ends in, unless told."""
+    out = tmp_path / f"found.{form}"
+    out.write_text("old" * 1000)
+    said = export(run.path, "--suspects", "--out", out)
+    export(run.path, "--suspects", "--out", tmp_path / "other.txt", "--format", form)
+
+    assert said == f"wrote 2 suspects to {out}\n"
+    assert out.read_text() == (tmp_path / "other.txt").read_text()
+    assert out.read_text() == export(run.path, "--suspects", "--format", form)
+
+
+def test_run_is_the_newest_below_root_unless_named(run, tmp_path):
+    make_run(tmp_path / "elsewhere" / "two")
+
+    assert json.loads(export("--suspects", "--format=json", "--root", tmp_path / "runs"))["run"] == "one"
+
+
+def test_full_disk_leaves_the_old_file_and_no_other(run, tmp_path, monkeypatch, capsys):
+    def full(*_: Any) -> NoReturn:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    out = tmp_path / "out" / "found.csv"
+    out.parent.mkdir()
+    out.write_text("old")
+    monkeypatch.setattr("shared.storage.os.fsync", full)
+    said = refused(monkeypatch, capsys, run.path, "--suspects", "--out", out)
+
+    assert f"cannot write {out}: No space left on device" in said
+    assert [(path.name, path.read_text()) for path in out.parent.iterdir()] == [("found.csv", "old")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "say what to export: --suspects"),
+        (["--suspects", "--format", "xml"], "no format 'xml'; known: table, csv, json, arrow"),
+        (["--suspects", "--format", "arrow"], "--format arrow is not text; add --out FILE"),
+        (["--suspects", "--format", "table", "--out", "a.txt"], "for a file choose one of csv, json, arrow"),
+        (["--suspects", "--out", "found.txt"], "--out found.txt does not say which format; add --format csv or json"),
+        (["--suspects", "--out", "found"], "--out found does not say which format"),
+        (["--suspects", "--out", "no/where/a.csv"], "there is no folder"),
+        (["--suspects", "--out", "/dev/null", "--format", "csv"], "--out /dev/null is there and no file"),
+        (["--suspects", "--out", ".", "--format", "csv"], "--out . is there and no file"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused(run, tmp_path, monkeypatch, capsys, arguments, expected):
+    monkeypatch.chdir(tmp_path)
+
+    assert expected in refused(monkeypatch, capsys, run.path, *arguments)
+    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["no store", "nothing committed"])
+def test_unscored_run_is_named(tmp_path, monkeypatch, capsys, stored):
+    run = make_run(tmp_path / "run")
+    if stored:
+        commit(run)
+
+    assert f"run {run.path} has no scores yet" in refused(monkeypatch, capsys, run.path, "--suspects")
+
+
+@pytest.mark.parametrize("content", [None, b"torn"], ids=["missing", "torn"])
+def test_damaged_samples_are_named(run, monkeypatch, capsys, content):
+    (run.path / "samples.arrow").unlink()
+    if content is not None:
+        (run.path / "samples.arrow").write_bytes(content)
+
+    assert f"cannot read {run.path / 'samples.arrow'}" in refused(monkeypatch, capsys, run.path, "--suspects")
+
+
+def test_export_loads_neither_torch_nor_ray(run):
+    script = (
+        "import sys\nfrom deploy.cli import app\napp(sys.argv[1:], standalone_mode=False)\n"
+        "sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
+    )
+    command = [sys.executable, "-c", script, "export", str(run.path), "--suspects", "--format", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=60)
+
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["found"] == 2
