@@ -647,7 +647,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         ("query 100", "sample_id 100 is outside 0..99"),
         ("query 5 -1", "body.ids.1: Input should be greater than or equal to 0"),
         ("query 3 7 1234", "sample_id 1234 is outside 0..99"),
-        ("query 3 --measure=admm", "no measure 'admm'; known: adm, log_ratio, adm_by_clean"),
+        ("query 3 --measure=admm", f"no measure 'admm'; known: {', '.join(MEASURES)}"),
         ("scale 2", "this service runs without scorers: the run is not up, or it is scored inside its training"),
     ],
     ids=lambda value: value if value.startswith(("query", "scale")) else "",

@@ -56,7 +56,7 @@ def test_only_deploy_imports_ray() -> None:
     [
         "import shared.score_store",
         "import shared.catalogue, shared.checkpoints, shared.datasets",
-        "import deploy.config",
+        "import deploy.config, deploy.export, deploy.plan, deploy.doctor, deploy.compare.compare",
         "import services.api",
         "import contextlib, sys\nsys.argv[1:] = ['--help']\nfrom deploy.cli import main\n"
         "with contextlib.suppress(SystemExit):\n    main()",

@@ -15,9 +15,8 @@ from deploy.compare.config import CompareConfig, stages
 from deploy.compare.progress import Progress
 from deploy.compare.report import to_text
 from deploy.compare.workers import Workers
-from deploy.interrupts import Interrupts
 from shared.config import make_config, read_config
-from shared.errors import CellFailed, ConfigError, DataError, RunError
+from shared.errors import ConfigError, DataError, RunError
 
 BASE: dict[str, Any] = {
     "name": "tiny",
@@ -364,60 +363,6 @@ def test_time_left_counts_the_cores_that_have_a_cell(tmp_path: Path) -> None:
         assert said[0] == "search: 4 trainings"
         assert [line.split("; ")[1] for line in said[1:-1]] == [f"{text} left" for text in expected]
         assert said[-1] == "search 4/4  digits sam seed 3: accuracy 0.5000 in 60 s"
-
-
-class Job:
-    """What a worker can be given without torch."""
-
-    def __init__(self, does: str, slots: int = 1) -> None:
-        self.does, self.slots = does, slots
-
-    def __str__(self) -> str:
-        return f"the job {self.does}"
-
-
-def do(job: Job) -> None:
-    import os
-    import signal
-
-    print("at work", flush=True)
-    if job.does == "raise":
-        raise ZeroDivisionError("divided")
-    if job.does == "fill":
-        raise OSError(28, "No space left on device", "somewhere")
-    if job.does == "die":
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_workers_are_replaced_and_no_job_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """More slots than cores run alone, and a worker ends after its share of jobs."""
-    monkeypatch.setattr("deploy.compare.workers.CELLS_PER_PROCESS", 2)
-    jobs = [Job("nothing", slots=1 + 2 * (number == 3)) for number in range(7)]
-    done: list[Job] = []
-    with Workers(do, tmp_path / "log", Interrupts()) as workers:
-        workers.run(jobs, 2, done.append)
-
-    assert sorted(map(id, done)) == sorted(map(id, jobs))
-    assert (tmp_path / "log").read_text().count("at work") == 7
-
-
-@pytest.mark.parametrize(
-    ("does", "text"),
-    [
-        ("raise", "the job raise failed: ZeroDivisionError: divided; its last words are in "),
-        ("fill", r"the job fill failed: No space left on device: somewhere; "),
-        ("die", r"the job die was killed \(SIGKILL\), as the system does when memory runs out: take fewer --cores; "),
-    ],
-)
-def test_a_job_that_fails_is_told_by_its_name(tmp_path: Path, does: str, text: str) -> None:
-    done: list[Job] = []
-    with (
-        pytest.raises(CellFailed, match=text),
-        Workers(do, tmp_path / "log", Interrupts()) as workers,
-    ):
-        workers.run([Job("nothing"), Job(does), Job("nothing")], 1, done.append)
-
-    assert len(done) == 1
 
 
 def test_a_folder_at_work_is_refused(trained: Any, tmp_path: Path) -> None:

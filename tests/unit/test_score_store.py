@@ -886,7 +886,7 @@ class AgainstADict(RuleBasedStateMachine):
 
 TestAgainstADict = AgainstADict.TestCase
 TestAgainstADict.settings = settings(
-    max_examples=30,
+    max_examples=15,
     stateful_step_count=12,
     deadline=None,
     derandomize=True,
