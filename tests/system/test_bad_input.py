@@ -30,6 +30,7 @@ from shared.attempts import begin
 from shared.catalogue import Run, process_identity
 from shared.config import DataConfig, _keys, read_config
 from shared.datasets import load_dataset
+from shared.measures import MEASURES
 from shared.score_store import ScoreWriter
 from tests.rows import make_rows
 from tests.system.runs import QUICKSTART, STEPPE
