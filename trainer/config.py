@@ -28,6 +28,7 @@ class CurriculumConfig(Config):
     `guard` is for samples whose label is less likely than chance (or whose loss is above `guard_loss`): none, hardest,
     neutral, cap (never above 1) or aside (weight `guard_weight`, to the end). It sets in by the noise that the run
     sees: not while their share is below `guard_floor`, in full from twice that; 0 is always. It waits for `guard_from`.
+    The uniform curriculum has none unless one is asked for.
 
     `form`: weights are chances of being drawn (sampling), or multiply the loss (weighting), there in both passes of SAM
     or in its second one only. `memory` averages percentiles over a sample's scorings.
@@ -37,7 +38,7 @@ class CurriculumConfig(Config):
     measure: str = "adm"
     memory: float | None = Field(default=None, ge=0, lt=1)
     order: Literal["low", "high", "random"] = "low"
-    strength: float = Field(default=0.5, ge=0, le=100)  # beyond, weights leave float64
+    strength: float = Field(default=1.0, ge=0, le=100)  # beyond, weights leave float64
     begin_at: float = Field(default=0.0, ge=0, lt=1)
     hold_until: float = Field(default=0.0, ge=0, le=1)
     fade_until: float = Field(default=0.7, gt=0, le=1)
@@ -54,6 +55,12 @@ class CurriculumConfig(Config):
     passes: Literal["both", "second"] = "both"
     windows_per_epoch: int = Field(default=8, ge=1)
     refresh_interval_s: float = Field(default=0.5, gt=0)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _uniform_is_uniform(cls, given: object) -> object:
+        """Without a guard, unless one is asked for."""
+        return {"guard": "none"} | given if isinstance(given, dict) and given.get("name") == "uniform" else given
 
     @field_validator("name")
     @classmethod

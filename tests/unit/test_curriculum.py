@@ -42,7 +42,8 @@ def seen(
 
 
 def weights(what: Seen, progress: float = 0.0, **settings: Any) -> list[float]:
-    found: list[float] = Curriculum(CurriculumConfig(**settings)).weights(what, progress).tolist()
+    plain = {"strength": 1.0, "guard": "none"}
+    found: list[float] = Curriculum(CurriculumConfig(**plain | settings)).weights(what, progress).tolist()
     return found
 
 

@@ -465,8 +465,8 @@ def test_running_and_finished_runs_are_refused(tmp_path: Path) -> None:
         ("train.sam.rho=0.5", "train.sam.rho is 0.5, but {run} was started with 0.05"),
         ("train.publish_every_steps=7", "train.publish_every_steps is 7, but {run} was started with 20"),
         (
-            "train.curriculum.name=uniform",
-            "train.curriculum.name is 'uniform', but {run} was started with 'soft'",
+            "train.curriculum.name=pacing",
+            "train.curriculum.name is 'pacing', but {run} was started with 'soft'",
         ),
         ("scoring.mode=every_epoch", "scoring.mode is 'every_epoch', but {run} was started with 'async'"),
         ("scoring.attack.name=pgd", "scoring.attack.name is 'pgd', but {run} was started with 'fgsm'"),
