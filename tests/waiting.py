@@ -12,5 +12,5 @@ def wait_for(condition: Callable[[], T], timeout_s: float = 60.0, what: str = "t
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
         assert time.monotonic() < deadline, f"{what} did not come true within {timeout_s:g} s"
-        time.sleep(0.05)
+        time.sleep(0.005)
     return value

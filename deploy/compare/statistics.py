@@ -13,6 +13,7 @@ from scipy.special import gammainccinv, gammaincinv, gammaln, ndtr, stdtr, stdtr
 
 from shared.errors import ConfigError, DataError
 
+QUADRATURE = np.polynomial.legendre.leggauss(128)
 AHEAD, BEHIND, NOT_SHOWN = "ahead", "behind", "no difference shown"
 LEVEL = 0.95
 POWER = 0.8
@@ -153,7 +154,7 @@ def equivalence_power(n: int, margin: float, alpha: float = 1 - LEVEL) -> float:
     highest = min(widest, margin * math.sqrt(n * freedom) / quantile)  # above it no mean passes
     if highest <= lowest:
         return 0.0
-    node_Q, weight_Q = np.polynomial.legendre.leggauss(128)
+    node_Q, weight_Q = QUADRATURE
     chi_Q = lowest + (highest - lowest) * (node_Q + 1) / 2
     density_Q = np.exp(
         (freedom - 1) * np.log(chi_Q) - chi_Q**2 / 2 - (freedom / 2 - 1) * math.log(2) - gammaln(freedom / 2)
