@@ -81,6 +81,7 @@ def test_scorers_follow_checkpoints_and_rest_tells(parts: Parts) -> None:
     url, *_ = ask(parts.rest.start.remote(), 60.0)
     client = httpx2.Client(base_url=url, trust_env=False)
     assert client.get("/readyz").status_code == 503
+    ask(parts.controller.status.remote(), 60.0)  # the store is there: the service may have started before it
     assert client.get("/v1/samples/5").json()["status"] == "unscored"
     assert parts.fleet.first_scorer.wait(60)
 
@@ -100,7 +101,9 @@ def test_scorers_follow_checkpoints_and_rest_tells(parts: Parts) -> None:
     assert stats["model_versions_scored"] == 2
     assert stats["scored_rows"] == 1200
     scorers = client.get("/v1/scorers").json()["scorers"]
-    assert [scorer["scored"] for scorer in scorers] == [1200]
+    audited = parts.status()["audited_rows"]  # version 2's audit; at version 1 there was nothing older to compare with
+    assert audited == 128
+    assert [scorer["scored"] for scorer in scorers] == [1200 + audited]
 
 
 def test_scaling_through_rest_starts_and_drains_scorers(parts: Parts) -> None:
