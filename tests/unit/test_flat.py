@@ -98,6 +98,19 @@ def test_a_short_study_has_every_figure_and_is_drawn(tmp_path: Path) -> None:
         assert picture.width > 800
 
 
+@pytest.mark.parametrize(
+    ("name", "plot", "message"),
+    [
+        ("recovery", "r.svg", "recovery has nothing to draw; leave --plot out"),
+        ("flat", "flat.gif", "the name ends in '.gif'; it must end in .png, .svg, .pdf"),
+        ("flat", "none/flat.svg", "there is no folder none; make it first"),
+    ],
+)
+def test_a_plot_that_cannot_be_is_refused_before_the_measuring(name: str, plot: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"--plot {plot}: {message}"):
+        run_bench(name, 1, Path(plot))
+
+
 def test_an_unknown_benchmark_lists_the_known() -> None:
     with pytest.raises(ConfigError, match="no benchmark 'fast'; known: recovery, flat"):
         run_bench("fast", 1)
