@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from shared.schema import QUARANTINE_SCHEMA, arrow_file
 from shared.storage import Folder
-from shared.store_view import fold
+from shared.store_view import column_array, last_rows
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,9 @@ class Quarantine:
         named = rows.append_column("reason", pa.array(reasons, pa.string())).cast(QUARANTINE_SCHEMA)
         with self._lock:
             self.count += rows.num_rows
-            self._rows = fold([self._rows, named])
+            both = pa.concat_tables([self._rows, named])
+            *_, kept = last_rows(column_array(both, "sample_id"), column_array(both, "model_version"))
+            self._rows = both.take(pa.array(kept))
 
     def save(self) -> None:
         """Durable on return; nothing to do when nothing was added."""

@@ -1,21 +1,38 @@
 """The score store: an append-only folder of Arrow files that one writer extends and any number of readers follow.
 
-Format 1, in full (`<store>` is a run's `scores/`):
+Format 2, in full (`<store>` is a run's `scores/`):
 
-    store.json              {"format": 1, "num_samples": N, "scoring_id": "..."}; written once
-    fragments/*.arrow       Arrow IPC files, SCORE_SCHEMA: the rows of one commit, in any order
-    snapshots/*.arrow       Arrow IPC files, SNAPSHOT_SCHEMA: the latest row of each scored sample, sorted by sample_id
-    manifests/<generation>.json   what the store holds; the newest generation counts
+    store.json                    {"format": 2, "num_samples": N, "scoring_id": "..."}; written once
+    manifests/<generation>.json   what the store holds, 12 digits; the highest generation counts
+    fragments/<name>.arrow        Arrow IPC file, SCORE_SCHEMA: the rows of one commit, in any order
+    snapshots/<name>.arrow        Arrow IPC file, SNAPSHOT_SCHEMA: the latest row of each scored sample, by sample_id
 
-A *manifest* names one snapshot (or none) and the fragments committed after it, with their lengths and SHA-256 sums, and
-carries its own checksum. Its *version* counts commits of rows; its *generation* counts manifests: a commit makes a new
-version, a takeover or a compaction a new generation of the same version. A manifest is created only if its
-generation is absent (link), after everything that it names is durable. That one operation is the commit, and the fence:
-a successor's first act is to create the next generation, so that the old writer's next manifest finds its place taken.
-Manifests of takeovers are kept for ever for that reason; of the others, those that time travel needs. Files that no
-such manifest names do not exist for readers; they are removed when they are older than a minute.
+**A manifest** has two lines: a JSON object, and the SHA-256 of the first line's bytes in hex. The object:
 
-The *latest row* of a sample is that of the highest model_version, of equal ones that of the later commit.
+    format, generation            this format; as in the file's name
+    version, rows                 number of commits of rows so far, 0 before the first; and of their rows
+    writer, committed_at          which writer's; when this version was committed (ISO 8601, UTC)
+    snapshot, fragments           {name, rows, bytes, sha256, version} or null; a list of such, by rising version
+    earlier                       [{generation, first, last}]: kept manifests, each for versions first..last
+    metadata                      an object of the writer's
+
+The store at this version is the snapshot (which holds all up to its own `version`) and the fragments (each the rows of
+the commit `version`), folded: of a sample's rows that of the highest model_version counts, of equal ones that of the
+later commit, within a commit the later row. Version v of the past is the kept manifest with first <= v <= last without
+the fragments above v.
+
+**What makes a version visible**: a manifest appears under its final name, whole, only if its generation was free (link;
+on an object store put-if-absent), and after all that it names is durable. That one operation is the commit, and the
+fence: a successor's first act is to create the next generation. An older writer then finds its next place taken, or,
+if that manifest was removed in the meantime, a higher generation beside its own, which it takes back.
+
+**What a reader may assume**: files that a manifest names never change. A listing shows the highest generation or one
+that was the highest when the listing began. A named file may be missing for two reasons: it was collected, then a
+higher generation is there, or the store is damaged or half copied. Files that no manifest names do not exist: they
+are being written, or were given up by a crash. They, and what no kept manifest names any more, are removed after a
+grace period. A store of another format is refused with a message that says which, and nothing in it is touched.
+
+There is no rename, no append to a file, no lock: a store on an object store needs nothing else.
 """
 
 import contextlib
@@ -25,51 +42,92 @@ import logging
 import os
 import secrets
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from shared.errors import DataError, Fenced, StoreCorrupt, StoreError, StoreMismatch
+from shared.errors import ConfigError, DataError, Fenced, StoreCorrupt, StoreError, StoreMismatch
 from shared.schema import SCORE_SCHEMA
-from shared.store_files import Manifest, StoreFiles
-from shared.store_view import StoreView, column_array
+from shared.store_files import FRAGMENTS, SNAPSHOTS, Anchor, Manifest, Part, StoreFiles
+from shared.store_view import NOTHING, StoreView, column_array
 
 logger = logging.getLogger(__name__)
 
-COMPACT_AFTER_FRAGMENTS = 64
+COMPACT_AFTER_FRAGMENTS = 64  # and when they hold this share of the snapshot's rows, or are very many
+COMPACT_AT_SHARE = 0.25
+MOST_FRAGMENTS = 256
+GRACE_S = 60.0  # a reader may still be opening what a manifest of this age names
 
 Uri = str | os.PathLike[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Retention:
+    """Which store versions stay readable by `ScoreReader.table(version)`; the newest always does.
+
+    Args:
+        keep_last: so many before the newest.
+        keep_every: the multiples of this; 0 keeps none for that.
+        keep_all: everything.
+    """
+
+    keep_last: int = 256
+    keep_every: int = 0
+    keep_all: bool = False
+
+    def __post_init__(self) -> None:
+        if self.keep_last < 0 or self.keep_every < 0:
+            raise ConfigError(f"keep_last is {self.keep_last}, keep_every {self.keep_every}; both must be at least 0")
+
+    def keeps(self, anchor: Anchor, newest: int) -> bool:
+        """Whether any version from the anchor's first up to but not its last, which a snapshot holds, is kept."""
+        in_last = anchor.last - 1 >= newest - self.keep_last
+        first = max(anchor.first, 1)
+        in_every = self.keep_every > 0 and -(-first // self.keep_every) * self.keep_every < anchor.last
+        return self.keep_all or in_last or in_every
 
 
 class ScoreWriter:
     """The store's one writer. Opening it takes the store over at once: an older writer's next commit raises Fenced.
 
-    Threads may append while one commits. Appending a sample's latest row again changes nothing.
+    Threads may append while one commits. Appending a sample's latest row again changes nothing. Fragments are folded
+    into a snapshot by a thread of the writer's, beside the commits.
 
     Args:
         uri: the store's folder; created when missing.
         num_samples: N; sample ids are 0..N-1.
         scoring_id: what makes rows comparable; a store has one.
-        keep_versions: how many of the latest store versions stay readable by `ScoreReader.table(version)`.
+        retention: which versions stay readable.
+        grace_s: how long files stay that nothing names any more, for readers that are about to open them.
 
-    Raises: StoreMismatch for a store of another size, scoring_id or a newer format; ConfigError for a remote URI.
+    Raises: StoreMismatch for a store of another size, scoring_id or format; ConfigError for a remote URI.
     """
 
-    def __init__(self, uri: Uri, num_samples: int, *, scoring_id: str = "", keep_versions: int = 256) -> None:
+    def __init__(
+        self,
+        uri: Uri,
+        num_samples: int,
+        *,
+        scoring_id: str = "",
+        retention: Retention = Retention(),
+        grace_s: float = GRACE_S,
+    ) -> None:
         if num_samples < 1:
             raise StoreMismatch(f"num_samples is {num_samples}; a score store needs at least 1")
         self._store = StoreFiles(uri)
         self._store.create(num_samples, scoring_id)
         self.num_samples = num_samples
-        self._keep_versions = keep_versions
+        self._retention, self._grace_s = retention, grace_s
         self._token = secrets.token_hex(8)
         self._pending: list[pa.Table] = []
         self._in_flight: list[pa.Table] = []  # of a commit that failed half-way: still pending, or visible after all
         self._pending_lock = threading.Lock()
         self._commit_lock = threading.Lock()
+        self._compaction_lock = threading.Lock()
+        self._compactor: threading.Thread | None = None
         self._state = "open"
         self._unsure = False  # a manifest write failed half-way: it may be there or not
         self._manifest = self._take_over()
@@ -121,22 +179,32 @@ class ScoreWriter:
                 with self._pending_lock:
                     self._pending = pending + self._pending
                 raise
-            if len(self._manifest.fragments) >= COMPACT_AFTER_FRAGMENTS:
-                try:
-                    self._compact()
-                except (OSError, StoreError) as error:  # the rows are committed; compaction is tried again next time
-                    logger.warning("the score store could not be compacted now: %s", error)
+            if self._is_due():
+                self._compactor = threading.Thread(target=self._compact_quietly, name="compactor", daemon=True)
+                self._compactor.start()
             return self._manifest.version
 
     def compact(self) -> None:
-        """Fold snapshot and fragments into one snapshot and remove what no kept version needs. No new version."""
-        with self._commit_lock:
-            self._check_open()
-            self._settle()
-            self._compact()
+        """Fold snapshot and fragments into one snapshot and remove what nothing needs. No new version."""
+        with self._compaction_lock:
+            with self._commit_lock:
+                self._check_open()
+                self._settle()
+                manifest = self._manifest
+            snapshot = self._fold(manifest) if manifest.fragments else None
+            with self._commit_lock:
+                self._check_open()
+                self._settle()
+                if snapshot is not None:
+                    self._replace_by(snapshot)
+                kept = [self._store.read_manifest(anchor.generation) for anchor in self._manifest.earlier]
+                self._store.collect([m for m in kept if m is not None], self._manifest, self._grace_s)
 
     def close(self) -> None:
-        """Commit what is pending and end. Twice is fine. After an OSError the writer is still open."""
+        """Commit what is pending, wait for a compaction that goes on, and end. Twice is fine.
+
+        After an OSError the writer is still open.
+        """
         with self._pending_lock:
             if self._state != "open":
                 return
@@ -146,6 +214,8 @@ class ScoreWriter:
         except OSError:
             self._state = "open"
             raise
+        if self._compactor is not None:
+            self._compactor.join()
         self._state = "closed"
 
     def __enter__(self) -> "ScoreWriter":
@@ -164,17 +234,17 @@ class ScoreWriter:
         while True:
             last = self._store.newest()
             if last is None:
-                manifest = Manifest(1, 0, self._token, _now(), 0, None, (), {}, takes_over=True)
+                manifest = Manifest(1, 0, self._token, _now(), 0, None, (), (), {})
             else:
-                generation = last.generation + 1
-                manifest = dataclasses.replace(last, generation=generation, writer=self._token, takes_over=True)
+                manifest = dataclasses.replace(last, generation=last.generation + 1, writer=self._token)
             if self._store.write_manifest(manifest):
                 return manifest
 
     def _commit(self, rows: pa.Table, metadata: Mapping[str, Any] | None) -> None:
         version = self._manifest.version + 1
-        part = self._store.write_part("fragments", f"{version:012d}-{self._token}", rows, version)
+        part, wait = self._store.begin_part(FRAGMENTS, rows, version)
         self._advance(
+            wait,
             version=version,
             committed_at=_now(),
             rows=self._manifest.rows + rows.num_rows,
@@ -184,14 +254,12 @@ class ScoreWriter:
         ids = column_array(rows, "sample_id")
         np.maximum.at(self._latest_version_N, ids, column_array(rows, "model_version"))
 
-    def _advance(self, **changes: Any) -> None:
-        manifest = dataclasses.replace(
-            self._manifest, generation=self._manifest.generation + 1, takes_over=False, **changes
-        )
+    def _advance(self, after: Callable[[], None] | None = None, **changes: Any) -> None:
+        manifest = dataclasses.replace(self._manifest, generation=self._manifest.generation + 1, **changes)
         self._unsure = True
-        created = self._store.write_manifest(manifest)
+        counts = self._store.write_manifest(manifest, after)
         self._unsure = False
-        if not created:
+        if not counts:
             self._state = "fenced"
             self._check_open()
         self._manifest = manifest
@@ -206,6 +274,7 @@ class ScoreWriter:
                 with self._pending_lock:
                     del self._pending[: len(self._in_flight)]
             self._manifest = made
+            self._store.sync_manifests()  # that it can be read does not say that it would survive a power cut
             self._reader.refresh()
             self._latest_version_N = self._reader.dense("model_version")
         self._unsure = False
@@ -230,15 +299,33 @@ class ScoreWriter:
         keep[suspects] = np.isin(ids[suspects], ids[suspects][~same])
         return rows.filter(pa.array(keep))
 
-    def _compact(self) -> None:
-        version = self._manifest.version
-        if self._manifest.fragments:
-            self._reader.refresh()
-            part = self._store.write_part(
-                "snapshots", f"{version:012d}-{self._token}", self._reader.snapshot(), version
-            )
-            self._advance(snapshot=part, fragments=())
-        self._store.collect(oldest_version=version - self._keep_versions)
+    def _is_due(self) -> bool:
+        fragments, snapshot = self._manifest.fragments, self._manifest.snapshot
+        if self._compactor is not None and self._compactor.is_alive():
+            return False
+        rows = sum(part.rows for part in fragments)
+        is_much = rows >= COMPACT_AT_SHARE * (snapshot.rows if snapshot else 0)
+        return len(fragments) >= MOST_FRAGMENTS or (len(fragments) >= COMPACT_AFTER_FRAGMENTS and is_much)
+
+    def _compact_quietly(self) -> None:
+        try:
+            self.compact()
+        except (OSError, StoreError) as error:  # the rows are committed; compaction is tried again after a next commit
+            logger.warning("the score store could not be compacted now: %s", error)
+
+    def _fold(self, manifest: Manifest) -> Part:
+        """A durable snapshot of the manifest's version, which nothing names yet."""
+        view = StoreView.empty(self.num_samples).advance(self._store, manifest)
+        part, wait = self._store.begin_part(SNAPSHOTS, view.latest(), manifest.version)
+        wait()
+        return part
+
+    def _replace_by(self, snapshot: Part) -> None:
+        """The snapshot in place of what it holds; what was before stays readable as far as retention says."""
+        before = self._manifest
+        earlier = tuple(a for a in (*before.earlier, before.anchor) if self._retention.keeps(a, before.version))
+        fragments = tuple(part for part in before.fragments if part.version > snapshot.version)
+        self._advance(snapshot=snapshot, fragments=fragments, earlier=earlier)
 
 
 class ScoreReader:
@@ -316,11 +403,7 @@ class ScoreReader:
         Raises DataError for an id outside 0..N-1.
         """
         wanted = np.asarray(ids).reshape(-1)
-        if len(wanted) and wanted.dtype.kind not in "iu":
-            raise DataError(f"sample ids are {wanted.dtype}; they must be integers in 0..{self.num_samples - 1}")
-        if len(wanted) and (wanted.min() < 0 or wanted.max() >= self.num_samples):
-            wrong = wanted[(wanted < 0) | (wanted >= self.num_samples)][0]
-            raise DataError(f"sample_id {wrong} is outside 0..{self.num_samples - 1}")
+        self._check_ids(wanted)
         return self._view.rows_of(wanted.astype(np.int64)).select(SCORE_SCHEMA.names)
 
     def changes(self, since: int) -> pa.Table:
@@ -335,17 +418,48 @@ class ScoreReader:
         """
         return self._view.dense(column)
 
+    def _check_ids(self, wanted: npt.NDArray[Any]) -> None:
+        if len(wanted) and wanted.dtype.kind not in "iu":
+            raise DataError(f"sample ids are {wanted.dtype}; they must be integers in 0..{self.num_samples - 1}")
+        if len(wanted) and (wanted.min() < 0 or wanted.max() >= self.num_samples):
+            wrong = wanted[(wanted < 0) | (wanted >= self.num_samples)][0]
+            raise DataError(f"sample_id {wrong} is outside 0..{self.num_samples - 1}")
+
+    def history(self, sample_id: int) -> pa.Table:
+        """All rows of one sample that are still kept, one per model_version, oldest first. SNAPSHOT_SCHEMA.
+
+        Raises DataError for an id outside 0..N-1.
+        """
+        self._check_ids(np.asarray([sample_id]))
+        manifest = self._view.manifest
+        manifests = (
+            [manifest, *map(self._store.read_manifest, (a.generation for a in manifest.earlier))] if manifest else []
+        )
+        parts = {(kind, part) for m in manifests if m is not None for kind, part in m.parts()}
+        found = [NOTHING]
+        for kind, part in sorted(parts, key=lambda item: (item[1].version, item[0])):
+            with contextlib.suppress(FileNotFoundError):  # collected meanwhile: out of retention
+                rows = self._store.read_part(kind, part)
+                found.append(rows.take(pa.array(np.flatnonzero(column_array(rows, "sample_id") == sample_id))))
+        rows = pa.concat_tables(found)
+        order = np.lexsort((column_array(rows, "store_version"), column_array(rows, "model_version")))
+        versions = column_array(rows, "model_version")[order]
+        return rows.take(pa.array(order[np.append(versions[1:] != versions[:-1], [True] * (len(order) > 0))]))
+
     def _at(self, version: int) -> StoreView:
-        if not 0 <= version <= self._view.version:
-            raise StoreError(f"version {version} is not there; this reader is at version {self._view.version}")
-        for generation in reversed(self._store.generations()):
-            manifest = self._store.read_manifest(generation)
-            if manifest is not None and manifest.base_version <= version <= manifest.version:
-                kept = tuple(part for part in manifest.fragments if part.version <= version)
-                then = dataclasses.replace(manifest, version=version, fragments=kept)
-                with contextlib.suppress(FileNotFoundError):
-                    return StoreView.empty(self.num_samples).advance(self._store, then)
-        raise StoreError(f"version {version} is no longer kept; raise keep_versions to keep more")
+        view = self._view
+        if not 0 <= version <= view.version:
+            raise StoreError(f"version {version} is not there; this reader is at version {view.version}")
+        manifest = view.manifest
+        if manifest is not None and version < manifest.base_version:
+            anchors = [a for a in manifest.earlier if a.first <= version <= a.last]
+            manifest = self._store.read_manifest(anchors[0].generation) if anchors else None
+        if manifest is not None:
+            kept = tuple(part for part in manifest.fragments if part.version <= version)
+            then = dataclasses.replace(manifest, version=version, fragments=kept)
+            with contextlib.suppress(FileNotFoundError):
+                return StoreView.empty(self.num_samples).advance(self._store, then)
+        raise StoreError(f"version {version} is no longer kept; raise keep_last or keep_every to keep more")
 
 
 def _conform(table: pa.Table | pa.RecordBatch, num_samples: int) -> pa.Table:

@@ -2,15 +2,21 @@
 
 The operations are those an object store also has (whole-object put, put if absent, list, delete), so that a second
 implementation needs nothing else. Today's only one is a folder on a local or network disk.
+
+Durable means: there after a power cut. A file's content is, once it is synced; its name is, once its folder is synced
+after the name was made. Nothing is assumed of the order in which a disk keeps what was not synced.
 """
 
 import contextlib
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import unquote, urlsplit
+
+import psutil
 
 from shared.errors import ConfigError
 
@@ -35,8 +41,23 @@ def local_path(uri: str | os.PathLike[str]) -> Path:
     return Path(unquote(parts.path)).resolve()
 
 
+NETWORK_DISKS = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "fuse", "lustre", "gpfs", "beegfs", "glusterfs", "pvfs")
+
+_syncing = ThreadPoolExecutor(4, thread_name_prefix="sync")
+
+
+def is_mappable(path: Path) -> bool:
+    """Whether a file may be memory-mapped: on a local disk, where a file that is deleted stays readable for who has it.
+
+    On a network disk another host may delete it, and reading the mapping then ends the process (SIGBUS).
+    """
+    mounts = {mount.mountpoint: mount.fstype for mount in psutil.disk_partitions(all=True)}
+    kind = next((mounts[str(parent)] for parent in (path, *path.parents) if str(parent) in mounts), "")
+    return not kind.startswith(NETWORK_DISKS)
+
+
 class Folder:
-    """One folder. A name is visible only with its whole content; `put` and `create` are durable on return."""
+    """One folder. A name is visible only with its whole content but for `add`; all that is written is durable."""
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
         self.path = local_path(uri)
@@ -59,15 +80,42 @@ class Folder:
             os.replace(temporary, self.path / name)
             _sync_folder(self.path)
 
-    def create(self, name: str, data: "bytes | pa.Buffer") -> bool:
-        """Write `name` unless it exists; False when it did. Of several at once, exactly one succeeds."""
+    def create(self, name: str, data: "bytes | pa.Buffer", after: Callable[[], None] | None = None) -> bool:
+        """Write `name` unless it exists; False when it did. Of several at once, exactly one succeeds.
+
+        Args:
+            after: waits for what must be durable before the name appears, such as what the file speaks of.
+        """
         with self._temporary(name, data) as temporary:
+            if after is not None:
+                after()
             try:
                 os.link(temporary, self.path / name)
             except FileExistsError:
                 return False
             _sync_folder(self.path)
             return True
+
+    def add(self, name: str, data: "bytes | pa.Buffer") -> Callable[[], None]:
+        """Begin to write a new file that nobody looks for yet; call the answer to wait until it is durable.
+
+        Content and name are synced side by side, without a temporary name: a crash can leave part of the content under
+        `name`. So the name must be told to others only afterwards.
+        """
+        file = open(self.path / name, "xb")  # noqa: SIM115  closed by the thread that writes
+        syncs = [_syncing.submit(_write_out, file, data), _syncing.submit(_sync_folder, self.path)]
+
+        def wait() -> None:
+            try:
+                for sync in syncs:
+                    sync.exception()  # both have ended before either's error is told
+                for sync in syncs:
+                    sync.result()
+            except OSError:
+                self.delete(name)
+                raise
+
+        return wait
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
@@ -79,6 +127,10 @@ class Folder:
     def temporary_names(self) -> list[str]:
         """What `put` and `create` are writing now, or died over."""
         return [name for name in self._listing() if name.startswith(".")]
+
+    def sync(self) -> None:
+        """Make every name that is there durable."""
+        _sync_folder(self.path)
 
     def delete(self, name: str) -> None:
         """Remove `name`; nothing happens when it is not there."""
@@ -94,13 +146,17 @@ class Folder:
     def _temporary(self, name: str, data: "bytes | pa.Buffer") -> Iterator[Path]:
         path = self.path / f".{name}.{secrets.token_hex(6)}"
         try:
-            with open(path, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
+            _write_out(open(path, "xb"), data)  # noqa: SIM115  closed by it
             yield path
         finally:
             path.unlink(missing_ok=True)
+
+
+def _write_out(file: BinaryIO, data: "bytes | pa.Buffer") -> None:
+    with file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _sync_folder(path: Path) -> None:

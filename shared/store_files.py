@@ -3,15 +3,15 @@
 The format is written down in `shared.score_store`.
 """
 
+import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
-import math
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,10 +19,11 @@ import pyarrow as pa
 
 from shared.errors import StoreCorrupt, StoreError, StoreMismatch
 from shared.schema import SNAPSHOT_SCHEMA, arrow_file
-from shared.storage import Folder
+from shared.storage import Folder, is_mappable
 
-FORMAT = 1
-COLLECT_AFTER_S = 60.0  # a reader may still be opening what a manifest of this age names
+FORMAT = 2
+SUPERSEDED_MANIFESTS_KEPT = 8  # a listing may miss names that come and go while it is made, but not so many
+FRAGMENTS, SNAPSHOTS = "fragments", "snapshots"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,10 +38,19 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True)
+class Anchor:
+    """An earlier manifest that retention keeps: of its snapshot's version `first` up to version `last`."""
+
+    generation: int
+    first: int
+    last: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Manifest:
     """What the store holds at one generation.
 
-    `rows` counts all rows ever committed, `metadata` is the writer's, `takes_over` marks a writer's first.
+    `rows` counts all rows ever committed, `metadata` is the writer's, `earlier` are for time travel, oldest first.
     """
 
     generation: int
@@ -50,33 +60,47 @@ class Manifest:
     rows: int
     snapshot: Part | None
     fragments: tuple[Part, ...]
+    earlier: tuple[Anchor, ...]
     metadata: Mapping[str, Any]
-    takes_over: bool = False
 
     @property
     def base_version(self) -> int:
         return self.snapshot.version if self.snapshot else 0
 
+    @property
+    def anchor(self) -> Anchor:
+        """How later manifests name this one."""
+        return Anchor(self.generation, self.base_version, self.version)
+
+    def parts(self) -> Iterator[tuple[str, Part]]:
+        """Folder and part, in the order in which their rows fold."""
+        if self.snapshot:
+            yield SNAPSHOTS, self.snapshot
+        for fragment in self.fragments:
+            yield FRAGMENTS, fragment
+
     def dump(self) -> bytes:
-        body = {"format": FORMAT, **dataclasses.asdict(self)}
-        return json.dumps({**body, "checksum": _checksum(body)}, indent=1).encode()
+        body = json.dumps({"format": FORMAT, **_plain(self)}, separators=(",", ":")).encode()
+        return body + b"\n" + hashlib.sha256(body).hexdigest().encode() + b"\n"
 
     @classmethod
     def parse(cls, data: bytes, name: str) -> "Manifest":
-        """Raises StoreCorrupt for a torn or altered manifest, StoreMismatch for one of a newer format."""
-        try:
-            body = json.loads(data)
-            written = body.pop("checksum")
-            found = _checksum(body)
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise StoreCorrupt(f"{name} is not a whole manifest: {error}") from error
-        if written != found:
+        """Raises StoreCorrupt for a torn or altered manifest, StoreMismatch for one of another format."""
+        text, _, checksum = data.partition(b"\n")
+        if hashlib.sha256(text).hexdigest().encode() + b"\n" != checksum:
             raise StoreCorrupt(f"{name} does not match its checksum; restore the file or take the store from a copy")
-        _check_format(body, name)
-        del body["format"]
-        snapshot = body.pop("snapshot")
-        fragments = tuple(Part(**part) for part in body.pop("fragments"))
-        return cls(**body, snapshot=Part(**snapshot) if snapshot else None, fragments=fragments)
+        try:
+            body = json.loads(text)
+            _check_format(body, name)
+            del body["format"]
+            body["snapshot"] = Part(**body["snapshot"]) if body["snapshot"] else None
+            body["fragments"] = tuple(Part(**part) for part in body["fragments"])
+            body["earlier"] = tuple(Anchor(**anchor) for anchor in body["earlier"])
+            return cls(**body)
+        except (ValueError, KeyError, TypeError) as error:
+            raise (
+                error if isinstance(error, StoreMismatch) else StoreCorrupt(f"{name} is not a manifest: {error}")
+            ) from error
 
 
 class StoreFiles:
@@ -86,7 +110,9 @@ class StoreFiles:
         self._root = Folder(uri)
         self.path = self._root.path
         self._manifests = Folder(self.path / "manifests")
-        self._parts = {name: Folder(self.path / name) for name in ("fragments", "snapshots")}
+        self._parts = {name: Folder(self.path / name) for name in (FRAGMENTS, SNAPSHOTS)}
+        self._maps = is_mappable(self.path)
+        self._unneeded: dict[tuple[str, str], float] = {}  # folder and name -> since when, by time.monotonic
 
     def create(self, num_samples: int, scoring_id: str) -> None:
         for folder in (self._root, self._manifests, *self._parts.values()):
@@ -126,83 +152,123 @@ class StoreFiles:
         return known
 
     def read_manifest(self, generation: int) -> Manifest | None:
+        """None when there is none, or none any more."""
         name = _name(generation)
         try:
             return Manifest.parse(self._manifests.read(name), str(self._manifests.path / name))
         except FileNotFoundError:
             return None
 
-    def write_manifest(self, manifest: Manifest) -> bool:
-        return self._manifests.create(_name(manifest.generation), manifest.dump())
+    def write_manifest(self, manifest: Manifest, after: Callable[[], None] | None = None) -> bool:
+        """Whether it counts: its generation was free, and none newer is there.
 
-    def write_part(self, kind: str, stem: str, rows: pa.Table, version: int) -> Part:
+        The second matters to a writer that slept while its successors went on and removed what lay in its place.
+
+        Args:
+            after: waits until all that the manifest names is durable.
+        """
+        if not self._manifests.create(_name(manifest.generation), manifest.dump(), after):
+            return False
+        if self.generations()[-1] > manifest.generation:
+            self._manifests.delete(_name(manifest.generation))
+            return False
+        superseded = manifest.generation - SUPERSEDED_MANIFESTS_KEPT
+        if all(anchor.generation != superseded for anchor in manifest.earlier):
+            with contextlib.suppress(OSError):  # it is collected later
+                self._manifests.delete(_name(superseded))
+        return True
+
+    def sync_manifests(self) -> None:
+        self._manifests.sync()
+
+    def begin_part(self, kind: str, rows: pa.Table, version: int) -> tuple[Part, Callable[[], None]]:
+        """Begin to write a part, and what waits until it is durable."""
         data = arrow_file(rows)
-        name = f"{stem}-{secrets.token_hex(3)}.arrow"
-        self._parts[kind].put(name, data)
-        return Part(name, rows.num_rows, data.size, hashlib.sha256(data).hexdigest(), version)
+        name = f"{version:012d}-{secrets.token_hex(8)}.arrow"
+        wait = self._parts[kind].add(name, data)
+        return Part(name, rows.num_rows, data.size, hashlib.sha256(data).hexdigest(), version), wait
 
     def read_part(self, kind: str, part: Part) -> pa.Table:
-        """The part's rows, memory-mapped, with store_version. FileNotFoundError when it was collected."""
-        path = self._parts[kind].path / part.name
+        """The part's rows with store_version, memory-mapped on a local disk. FileNotFoundError when it is gone."""
+        path = self.part_path(kind, part)
         length = path.stat().st_size
         if length != part.bytes:
             raise StoreCorrupt(f"{path} has {length} bytes, its manifest says {part.bytes}")
         try:
-            table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+            with pa.memory_map(str(path)) if self._maps else pa.OSFile(str(path)) as file:
+                table = pa.ipc.open_file(file).read_all()
         except FileNotFoundError:
             raise
         except (pa.ArrowInvalid, OSError) as error:
             raise StoreCorrupt(f"{path}: {error}") from error
-        if kind == "fragments":
+        if kind == FRAGMENTS:
             table = table.append_column("store_version", pa.array(np.full(table.num_rows, part.version)))
         if table.schema != SNAPSHOT_SCHEMA or table.num_rows != part.rows:
             raise StoreCorrupt(f"{path} does not hold what its manifest says")
         return table
 
-    def collect(self, oldest_version: int) -> None:
-        """Remove manifests that time travel to `oldest_version` does not need, and files that no needed one names.
+    def check_part(self, kind: str, part: Part) -> None:
+        """Every byte against the manifest's checksum. Raises StoreCorrupt, FileNotFoundError."""
+        path = self.part_path(kind, part)
+        with open(path, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != part.sha256:
+            raise StoreCorrupt(f"{path} does not match its checksum in the manifest")
+        self.read_part(kind, part)
 
-        Of the manifests with one snapshot the last is enough: it names all fragments since. Manifests of takeovers stay
-        for ever: they are what an old writer, however late, finds in its place.
+    def part_path(self, kind: str, part: Part) -> Path:
+        return self._parts[kind].path / part.name
+
+    def collect(self, needed: Iterable[Manifest], newest: Manifest, grace_s: float) -> None:
+        """Remove manifests that do not count any more, and files that no needed manifest has named for `grace_s`.
+
+        The grace is for readers that are about to open what an older manifest named. Only the store's writer may
+        collect, and not while it writes: what it has begun to write is not named yet.
         """
-        manifests = [m for m in map(self.read_manifest, self.generations()) if m is not None]
-        last_of_base = {m.base_version: m.generation for m in manifests}
-        next_base = dict(itertools.pairwise(sorted(last_of_base)))
-        needed = []
-        for manifest in manifests:
-            base = manifest.base_version
-            is_needed = manifest.generation == last_of_base[base] and next_base.get(base, math.inf) > oldest_version
-            if is_needed or self._is_young(self._manifests, _name(manifest.generation)):
-                needed.append(manifest)
-            elif not manifest.takes_over:
-                self._manifests.delete(_name(manifest.generation))
-        named = {part.name for m in needed for part in (*m.fragments, *([m.snapshot] if m.snapshot else []))}
-        for folder in self._parts.values():
-            for name in folder.names():
-                if name not in named and not self._is_young(folder, name):
-                    folder.delete(name)
-        for folder in (self._root, self._manifests, *self._parts.values()):
-            for name in folder.temporary_names():
-                if not self._is_young(folder, name):
-                    folder.delete(name)
+        needed = list(needed)
+        generations = {manifest.generation for manifest in needed}
+        for generation in self.generations():
+            superseded = generation <= newest.generation - SUPERSEDED_MANIFESTS_KEPT
+            if superseded and generation not in generations:
+                self._manifests.delete(_name(generation))
+        named = {(kind, part.name) for manifest in (*needed, newest) for kind, part in manifest.parts()}
+        there = {(kind, name) for kind, folder in self._parts.items() for name in folder.names()} - named
+        for kind, folder in (("", self._root), ("manifests", self._manifests), *self._parts.items()):
+            there |= {(kind, name) for name in folder.temporary_names()}
+        now = time.monotonic()
+        self._unneeded = {key: self._unneeded.get(key, now - self._age(*key, newest)) for key in there}
+        for (kind, name), since in self._unneeded.items():
+            if now - since >= grace_s:
+                Folder(self.path / kind).delete(name)
 
-    @staticmethod
-    def _is_young(folder: Folder, name: str) -> bool:
+    def _age(self, kind: str, name: str, newest: Manifest) -> float:
+        """Seconds for which a file that is found unneeded for the first time has been so, at least."""
+        paths = [self.path / kind / name]
+        if newest.snapshot and not name.startswith("."):  # when this snapshot came at the latest
+            paths.append(self.path / SNAPSHOTS / newest.snapshot.name)
         try:
-            return time.time() - (folder.path / name).stat().st_mtime <= COLLECT_AFTER_S
+            return max(time.time() - max(path.stat().st_mtime for path in paths), 0.0)
         except FileNotFoundError:
-            return False
+            return 0.0
 
 
 def _name(generation: int) -> str:
     return f"{generation:012d}.json"
 
 
+def _plain(manifest: Manifest) -> dict[str, Any]:
+    """As `dataclasses.asdict`, which copies deeply and takes longer than the rest of a commit."""
+    return {
+        **vars(manifest),
+        "snapshot": vars(manifest.snapshot) if manifest.snapshot else None,
+        "fragments": [vars(part) for part in manifest.fragments],
+        "earlier": [vars(anchor) for anchor in manifest.earlier],
+    }
+
+
 def _check_format(description: Mapping[str, Any], name: str) -> None:
     found = description["format"]
     if not isinstance(found, int) or found > FORMAT:
-        raise StoreMismatch(f"{name} has format {found}; this steppe reads up to {FORMAT}: install a newer one")
-
-
-def _checksum(body: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+        raise StoreMismatch(f"{name} has format {found}; this steppe reads {FORMAT}: install a newer one")
+    if found < FORMAT:
+        raise StoreMismatch(f"{name} has format {found}; this steppe reads {FORMAT}: score the run again")

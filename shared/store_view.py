@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -9,28 +10,79 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from shared.errors import StoreError
-from shared.schema import SCORE_SCHEMA, SNAPSHOT_SCHEMA
-from shared.store_files import Manifest, StoreFiles
+from shared.schema import SNAPSHOT_SCHEMA
+from shared.store_files import FRAGMENTS, SNAPSHOTS, Manifest, StoreFiles
 
 Ids = npt.NDArray[np.int64]
+
+NOTHING = SNAPSHOT_SCHEMA.empty_table()
+FOLDING_THREADS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Overlay:
+    """The fragments' rows that beat the snapshot's: one per sample, sorted by sample_id. Immutable.
+
+    Rows are numbered through all fragments in the order of their commits. `tables` hold them in that order, small ones
+    joined to larger ones as they become more, so that they stay few.
+
+    Shapes: R samples.
+    """
+
+    tables: tuple[pa.Table, ...]
+    id_R: Ids
+    row_R: Ids
+    model_version_R: Ids
+
+    @classmethod
+    def empty(cls) -> "Overlay":
+        nothing = np.zeros(0, dtype=np.int64)
+        return cls((), nothing, nothing, nothing)
+
+    def extended(self, newer: Sequence[pa.Table], base: pa.Table) -> "Overlay":
+        """With the rows of newer fragments."""
+        rows = pa.concat_tables(newer).combine_chunks()
+        id_F, version_F, row_F = last_rows(column_array(rows, "sample_id"), column_array(rows, "model_version"))
+        at_F, base_at_F = positions(self.id_R, id_F), positions(column_array(base, "sample_id"), id_F)
+        beat_F = np.full(len(id_F), -1)
+        in_base_F, known_F = base_at_F >= 0, at_F >= 0
+        beat_F[in_base_F] = column_array(base, "model_version")[base_at_F[in_base_F]]
+        beat_F[known_F] = self.model_version_R[at_F[known_F]]
+        wins_F = version_F >= beat_F
+        row_F += sum(table.num_rows for table in self.tables)
+        row_R, version_R = self.row_R.copy(), self.model_version_R.copy()
+        again_F, new_F = wins_F & known_F, wins_F & ~known_F
+        row_R[at_F[again_F]], version_R[at_F[again_F]] = row_F[again_F], version_F[again_F]
+        where = np.searchsorted(self.id_R, id_F[new_F])
+        return Overlay(
+            _joined([*self.tables, rows]),
+            np.insert(self.id_R, where, id_F[new_F]),
+            np.insert(row_R, where, row_F[new_F]),
+            np.insert(version_R, where, version_F[new_F]),
+        )
+
+    def column(self, name: str) -> npt.NDArray[Any]:
+        """Shape [R]."""
+        parts = [column_array(table, name) for table in self.tables]
+        values: npt.NDArray[Any] = (parts[0] if len(parts) == 1 else np.concatenate(parts))[self.row_R]
+        return values
 
 
 @dataclasses.dataclass(frozen=True)
 class StoreView:
-    """One version in memory: the snapshot and, folded, what was committed after it. Immutable.
+    """One version: the snapshot, memory-mapped, and what was committed after it. Immutable.
 
-    `base` and `overlay` are sorted by sample_id with one row each; an overlay row always beats its base row.
+    `base` is sorted by sample_id with one row of each; an overlay row always beats its base row.
     """
 
     num_samples: int
     manifest: Manifest | None
     base: pa.Table
-    overlay: pa.Table
+    overlay: Overlay
 
     @classmethod
     def empty(cls, num_samples: int) -> "StoreView":
-        nothing = SNAPSHOT_SCHEMA.empty_table()
-        return cls(num_samples, None, nothing, nothing)
+        return cls(num_samples, None, NOTHING, Overlay.empty())
 
     @property
     def version(self) -> int:
@@ -40,72 +92,70 @@ class StoreView:
         """The view of `manifest`, reusing what this one has read."""
         if manifest is None or (self.manifest and manifest.generation == self.manifest.generation):
             return self
-        base, overlay, read_up_to = self.base, self.overlay, self.version
-        if self.manifest is None or manifest.snapshot != self.manifest.snapshot:
-            base = store.read_part("snapshots", manifest.snapshot) if manifest.snapshot else self.base
-            overlay, read_up_to = SNAPSHOT_SCHEMA.empty_table(), manifest.base_version
-        new = [store.read_part("fragments", part) for part in manifest.fragments if part.version > read_up_to]
-        if new:
-            overlay = _beating(fold([overlay, *new]), base)
+        base, overlay, read = self.base, self.overlay, self.manifest.fragments if self.manifest else ()
+        if (
+            self.manifest is None
+            or manifest.snapshot != self.manifest.snapshot
+            or manifest.fragments[: len(read)] != read
+        ):
+            base = store.read_part(SNAPSHOTS, manifest.snapshot) if manifest.snapshot else NOTHING
+            overlay, read = Overlay.empty(), ()
+        if newer := [store.read_part(FRAGMENTS, part) for part in manifest.fragments[len(read) :]]:
+            overlay = overlay.extended(newer, base)
         return StoreView(self.num_samples, manifest, base, overlay)
 
     def latest(self) -> pa.Table:
-        if not self.overlay.num_rows:
+        """The latest row of each scored sample, sorted by sample_id."""
+        if not len(self.overlay.id_R):
             return self.base
-        return fold([self.base, self.overlay]) if self.base.num_rows else self.overlay
+        base_id = column_array(self.base, "sample_id")
+        is_in_base_R = positions(base_id, self.overlay.id_R) >= 0
+        ids = np.insert(base_id, np.searchsorted(base_id, new := self.overlay.id_R[~is_in_base_R]), new)
+        at_base = slice(None) if len(ids) == len(base_id) else np.searchsorted(ids, base_id)
+        at_R = positions(ids, self.overlay.id_R)
+
+        def folded(field: pa.Field) -> pa.Array:
+            if field.name == "sample_id":
+                return pa.array(ids)
+            values = np.empty(len(ids), dtype=column_array(NOTHING, field.name).dtype)
+            values[at_base] = column_array(self.base, field.name)
+            values[at_R] = self.overlay.column(field.name)
+            return pa.array(values, type=field.type)
+
+        with ThreadPoolExecutor(FOLDING_THREADS) as threads:
+            return pa.table(list(threads.map(folded, SNAPSHOT_SCHEMA)), schema=SNAPSHOT_SCHEMA)
 
     def rows_of(self, ids: Ids) -> pa.Table:
-        both = pa.concat_tables([self.base, self.overlay])
-        in_base, in_overlay = _positions(self.base, ids), _positions(self.overlay, ids)
-        position = np.where(in_overlay >= 0, in_overlay + self.base.num_rows, in_base)
-        rows = both.take(pa.array(position, mask=position < 0))
-        return rows.set_column(0, SCORE_SCHEMA.field("sample_id"), pa.array(ids))
+        """The latest rows of `ids` in that order; all but sample_id null where unscored."""
+        at_B, in_overlay_B = positions(column_array(self.base, "sample_id"), ids), positions(self.overlay.id_R, ids)
+        is_new_B = in_overlay_B >= 0
+        at_B[is_new_B] = self.overlay.row_R[in_overlay_B[is_new_B]] + self.base.num_rows
+        rows = _take([self.base, *self.overlay.tables], at_B)
+        return rows.set_column(0, SNAPSHOT_SCHEMA.field("sample_id"), pa.array(ids))
 
     def changed(self, since: int) -> pa.Table:
+        """The latest rows of samples whose latest row came after store version `since`, sorted by sample_id."""
         if since < (self.manifest.base_version if self.manifest else 0):
             latest = self.latest()
             return latest.filter(pa.array(column_array(latest, "store_version") > since))
-        return self.overlay.filter(pa.array(column_array(self.overlay, "store_version") > since))
+        older = sum(part.rows for part in self.manifest.fragments if part.version <= since) if self.manifest else 0
+        return _take(self.overlay.tables or [self.base], self.overlay.row_R[self.overlay.row_R >= older])
 
     def dense(self, column: str) -> npt.NDArray[Any]:
+        """One column by sample_id, shape [N]; see `ScoreReader.dense`."""
         if column not in SNAPSHOT_SCHEMA.names:
             raise StoreError(f"no column {column!r}; there are {', '.join(SNAPSHOT_SCHEMA.names)}")
-        kind = column_array(SNAPSHOT_SCHEMA.empty_table(), column).dtype
+        kind = column_array(NOTHING, column).dtype
         dtype = np.dtype(np.int8) if kind.kind == "b" else kind
         fill = np.datetime64("NaT") if kind.kind == "M" else (np.nan if kind.kind == "f" else -1)
-        out = np.full(self.num_samples, fill, dtype=dtype)
-        for table in (self.base, self.overlay):
-            out[column_array(table, "sample_id")] = column_array(table, column)
-        return out
-
-
-def fold(tables: Sequence[pa.Table]) -> pa.Table:
-    """The latest row of each sample in `tables` (earlier commits first), sorted by sample_id."""
-    table = pa.concat_tables([t for t in tables if t.num_rows] or tables[:1])
-    ids = column_array(table, "sample_id")
-    order = np.lexsort((column_array(table, "model_version"), ids))  # stable: of equal versions the later commit last
-    is_last = np.ones(len(ids), dtype=bool)
-    is_last[:-1] = ids[order][1:] != ids[order][:-1]
-    return table.take(pa.array(order[is_last])).combine_chunks()
-
-
-def _beating(rows: pa.Table, base: pa.Table) -> pa.Table:
-    """The rows that are later than the base's row of their sample."""
-    position = _positions(base, column_array(rows, "sample_id"))
-    if not (position >= 0).any():
-        return rows
-    base_version = np.where(position >= 0, column_array(base, "model_version")[position], -1)
-    wins = column_array(rows, "model_version") >= base_version
-    return rows if wins.all() else rows.filter(pa.array(wins))
-
-
-def _positions(sorted_rows: pa.Table, ids: Ids) -> Ids:
-    """Row numbers of `ids` in rows sorted by sample_id; -1 where absent."""
-    have = column_array(sorted_rows, "sample_id")
-    if not len(have):
-        return np.full(len(ids), -1, dtype=np.int64)
-    at = np.minimum(np.searchsorted(have, ids), len(have) - 1)
-    return np.where(have[at] == ids, at, -1)
+        if self.base.num_rows == self.num_samples:
+            value_N = column_array(self.base, column).astype(dtype)
+        else:
+            value_N = np.full(self.num_samples, fill, dtype=dtype)
+            value_N[column_array(self.base, "sample_id")] = column_array(self.base, column)
+        if len(self.overlay.id_R):
+            value_N[self.overlay.id_R] = self.overlay.column(column)
+        return value_N
 
 
 def column_array(table: pa.Table, column: str) -> npt.NDArray[Any]:
@@ -115,3 +165,49 @@ def column_array(table: pa.Table, column: str) -> npt.NDArray[Any]:
         values.chunk(0).to_numpy(zero_copy_only=False) if values.num_chunks == 1 else values.to_numpy()
     )
     return array
+
+
+def positions(sorted_id_R: Ids, ids: Ids) -> Ids:
+    """Where `ids` stand in sorted ids without repeats; -1 where they do not."""
+    count = len(sorted_id_R)
+    if not count:
+        return np.full(len(ids), -1, dtype=np.int64)
+    if sorted_id_R[-1] - sorted_id_R[0] == count - 1:  # without gaps
+        at = ids - sorted_id_R[0]
+        return np.where((at >= 0) & (at < count), at, -1)
+    at = np.minimum(np.searchsorted(sorted_id_R, ids), count - 1)
+    return np.where(sorted_id_R[at] == ids, at, -1)
+
+
+def last_rows(id_F: Ids, version_F: Ids) -> tuple[Ids, Ids, Ids]:
+    """Of each sample the row of the highest model_version, of equal ones the last: ids (sorted), versions, rows."""
+    if (version_F[1:] >= version_F[:-1]).all():
+        order_F = np.argsort(id_F, kind="stable")
+    else:
+        order_F = np.lexsort((version_F, id_F))  # stable too
+    is_last_F = np.ones(len(id_F), dtype=bool)
+    is_last_F[:-1] = id_F[order_F[1:]] != id_F[order_F[:-1]]
+    row_F = order_F[is_last_F]
+    return id_F[row_F], version_F[row_F], row_F
+
+
+def _joined(tables: list[pa.Table]) -> tuple[pa.Table, ...]:
+    """The same rows in the same order, each table more than twice as long as the next."""
+    while len(tables) > 1 and tables[-2].num_rows <= 2 * tables[-1].num_rows:
+        tables[-2:] = [pa.concat_tables(tables[-2:]).combine_chunks()]
+    return tuple(tables)
+
+
+def _take(tables: Sequence[pa.Table], at_B: Ids) -> pa.Table:
+    """Rows by their number through all tables; nulls for -1. Much faster than Arrow's own over many chunks."""
+    first = np.cumsum([0, *(table.num_rows for table in tables)])
+    table_B = np.maximum(np.searchsorted(first, at_B, side="right") - 1, 0)
+    pieces, places = [], []
+    for index in np.unique(table_B):
+        place_P = np.flatnonzero(table_B == index)
+        at_P = at_B[place_P]
+        pieces.append(tables[index].take(pa.array(at_P - first[index], mask=at_P < 0)))
+        places.append(place_P)
+    if len(pieces) <= 1:
+        return pieces[0] if pieces else tables[0].slice(0, 0)
+    return pa.concat_tables(pieces).take(pa.array(np.argsort(np.concatenate(places))))
