@@ -7,8 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from deploy import config_cli
-from shared.errors import ConfigError, SteppeError
+from deploy import config_cli, store_cli
+from shared.errors import SteppeError
 
 app = typer.Typer(
     name="steppe",
@@ -177,18 +177,17 @@ def export(
     suspects: Annotated[bool, typer.Option("--suspects", help="The samples that look mislabelled.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="So many rows; default: all, of a table 20.")] = None,
     form: Annotated[
-        str | None, typer.Option("--format", help="table, csv, json or arrow; default: what FILE ends in, else table.")
+        str | None,
+        typer.Option("--format", help="table, csv, json, arrow or parquet; default: what FILE ends in, else table."),
     ] = None,
     out: Annotated[str | None, typer.Option("--out", metavar="FILE", help="Replaced whole; default: stdout.")] = None,
     root: Root = "runs",
 ) -> None:
-    """What a run found out, for people and other programs, from its folder alone."""
-    if not suspects:
-        raise ConfigError("say what to export: --suspects")
+    """All samples with their scores, or the suspects among them, from the run's folder alone."""
     from deploy.client import find_run
     from deploy.export import export as export_run
 
-    export_run(find_run(folder, root), form=form, out=out, limit=limit)
+    export_run(find_run(folder, root), only_suspects=suspects, form=form, out=out, limit=limit)
 
 
 @app.command()
@@ -295,6 +294,7 @@ def down(folder: RunFolder = None, root: Root = "runs") -> None:
 
 
 app.add_typer(config_cli.app)
+app.add_typer(store_cli.app)
 
 
 def main() -> None:

@@ -3,22 +3,27 @@
 An export is a table and the facts that belong beside it; a format is a function of one.
 """
 
-import csv
 import dataclasses
-import io
+import datetime
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 
 from services.suspects import estimate, quality, suspects
+from shared import open_run
 from shared.catalogue import Run
 from shared.errors import ConfigError, RunError, StoreError
 from shared.schema import arrow_file
 from shared.score_store import ScoreReader
 from shared.storage import Folder, local_path
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 SHOWN_ROWS = 20  # on a terminal, unless told
 HEADERS = {"sample_id": "id", "model_version": "version", "clean_label": "clean"}  # so that a table fits 80 columns
@@ -33,21 +38,22 @@ class Export:
     facts: dict[str, Any]
 
 
-def export(run: Run, *, form: str | None, out: str | None, limit: int | None) -> None:
-    """Send the suspects among the samples of `run` to `out`, or to stdout.
+def export(run: Run, *, only_suspects: bool, form: str | None, out: str | None, limit: int | None) -> None:
+    """Send the samples of `run` with their scores, or the suspects among them, to `out`, or to stdout.
 
     Args:
-        form: table, csv, json or arrow; None takes what the name of `out` ends in, and a table on stdout.
+        form: table, csv, json, arrow or parquet; None takes what the name of `out` ends in, and a table on stdout.
         limit: at most so many rows; None is all, of a table the first SHOWN_ROWS.
 
     Raises: ConfigError for a format and a file that do not go together, and for a file that cannot be written;
         StoreError when nothing is scored; RunError when the run's samples cannot be read.
     """
     form = choose_format(form, out)
+    make, show = (export_suspects, print_suspects) if only_suspects else (export_scores, print_scores)
     if form == "table":
-        print_suspects(export_suspects(run, limit or SHOWN_ROWS))
+        show(make(run, limit or SHOWN_ROWS))
         return
-    exported = export_suspects(run, limit)
+    exported = make(run, limit)
     data = FORMATS[form](exported)
     if out is None:
         print(bytes(data).decode(), end="")
@@ -67,9 +73,22 @@ def choose_format(form: str | None, out: str | None) -> str:
         raise ConfigError(f"no format {form!r}; known: {known}")
     if form == "table" and out is not None:
         raise ConfigError(f"--format table is for the terminal; for a file choose one of {', '.join(FORMATS)}")
-    if form == "arrow" and out is None:
-        raise ConfigError("--format arrow is not text; add --out FILE")
+    if form in BINARY and out is None:
+        raise ConfigError(f"--format {form} is not text; add --out FILE")
     return form
+
+
+def export_scores(run: Run, limit: int | None = None) -> Export:
+    """All samples in order of their ids, what is known of each and its latest scores. Raises as `export`."""
+    _scores(run), _samples(run)  # for their errors
+    opened = open_run(run.path)
+    facts = {
+        "run": run.description["run_id"],
+        "store_version": opened.scores.version,
+        "scored": opened.scores.table().num_rows,
+        "found": run.num_samples,
+    }
+    return Export("scores", opened.to_arrow().slice(0, limit), facts)
 
 
 def export_suspects(run: Run, limit: int | None = None) -> Export:
@@ -90,32 +109,48 @@ def export_suspects(run: Run, limit: int | None = None) -> Export:
     return Export("suspects", found.slice(0, limit), facts)
 
 
+def print_scores(exported: Export) -> None:
+    """The first samples as people read them, on stdout."""
+    facts = exported.facts
+    console = _print_table(exported, ["sample_id", "key", "label", "predicted", "loss", "adm", "model_version"])
+    said = [f"{facts['scored']} of {facts['found']} samples are scored, at store version {facts['store_version']}"]
+    if exported.table.num_rows < facts["found"]:
+        said.append(f"shown: the first {exported.table.num_rows}; more with --limit, all of them with --out FILE")
+    for line in said:
+        console.print(line, markup=False, soft_wrap=True)
+
+
 def print_suspects(exported: Export) -> None:
     """The suspects as people read them, on stdout."""
+    facts = exported.facts
+    names = ["sample_id", "key", "label", "predicted", "loss", "percentile", "adm", "model_version"]
+    names += ["clean_label"] * ("clean_label" in exported.table.column_names)
+    console = _print_table(exported, names)
+    said = [
+        f"{facts['found']} of {facts['scored']} scored samples look mislabelled ({facts['share']:.1%}), by loss at "
+        f"store version {facts['store_version']}"
+    ]
+    if exported.table.num_rows < facts["found"]:
+        said.append(f"shown: the {exported.table.num_rows} most suspicious; more with --limit")
+    if facts["quality"]:
+        said.append(_quality_line(facts["quality"]))
+    for line in said:
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _print_table(exported: Export, names: Sequence[str]) -> "Console":
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    facts, console = exported.facts, Console(highlight=False)
-    names = ["sample_id", "key", "label", "predicted", "loss", "percentile", "adm", "model_version"]
-    names += ["clean_label"] * ("clean_label" in exported.table.column_names)
-    table = Table(box=None)
+    console, table = Console(highlight=False), Table(box=None)
     for name in names:
         table.add_column(HEADERS.get(name, name), overflow="fold", justify="left" if name == "key" else "right")
     for row in exported.table.select(names).to_pylist():
         table.add_row(*(_shown(value) if name != "key" else escape(str(value)) for name, value in row.items()))
     if table.row_count:
         console.print(table)
-    said = [
-        f"{facts['found']} of {facts['scored']} scored samples look mislabelled ({facts['share']:.1%}), by loss at "
-        f"store version {facts['store_version']}"
-    ]
-    if table.row_count < facts["found"]:
-        said.append(f"shown: the {table.row_count} most suspicious; more with --limit")
-    if facts["quality"]:
-        said.append(_quality_line(facts["quality"]))
-    for line in said:
-        console.print(line, markup=False, soft_wrap=True)
+    return console
 
 
 def write_file(out: str, data: "bytes | pa.Buffer") -> None:
@@ -152,24 +187,40 @@ def _samples(run: Run) -> pa.Table:
         ) from error
 
 
-def _csv(exported: Export) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(exported.table.column_names)
-    writer.writerows(row.values() for row in exported.table.to_pylist())
-    return text.getvalue().encode()
+def _csv(exported: Export) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    pa.csv.write_csv(exported.table, sink, pa.csv.WriteOptions(quoting_style="needed"))
+    return sink.getvalue()
 
 
 def _json(exported: Export) -> bytes:
-    return (json.dumps(exported.facts | {exported.name: exported.table.to_pylist()}, indent=1) + "\n").encode()
+    content = exported.facts | {exported.name: exported.table.to_pylist()}
+    return (json.dumps(content, indent=1, default=datetime.datetime.isoformat) + "\n").encode()
 
 
 def _arrow(exported: Export) -> pa.Buffer:
     """An Arrow IPC file; its schema's metadata has the facts as JSON under `steppe`."""
-    return arrow_file(exported.table.replace_schema_metadata({"steppe": json.dumps(exported.facts)}))
+    return arrow_file(_with_facts(exported))
 
 
-FORMATS: dict[str, Callable[[Export], "bytes | pa.Buffer"]] = {"csv": _csv, "json": _json, "arrow": _arrow}
+def _parquet(exported: Export) -> pa.Buffer:
+    """With the same metadata as the Arrow file."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(_with_facts(exported), sink)
+    return sink.getvalue()
+
+
+def _with_facts(exported: Export) -> pa.Table:
+    return exported.table.replace_schema_metadata({"steppe": json.dumps(exported.facts)})
+
+
+FORMATS: dict[str, Callable[[Export], "bytes | pa.Buffer"]] = {
+    "csv": _csv,
+    "json": _json,
+    "arrow": _arrow,
+    "parquet": _parquet,
+}
+BINARY = ("arrow", "parquet")
 
 
 def _shown(value: float | None) -> str:

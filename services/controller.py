@@ -31,7 +31,7 @@ from shared.freshness import ABANDONED, age_versions
 from shared.leases import MAX_REPLICAS, Lease
 from shared.measures import find_measure
 from shared.schema import FLOAT_COLUMNS
-from shared.score_store import Retention, ScoreReader, ScoreWriter
+from shared.score_store import ScoreReader, ScoreWriter
 from shared.storage import Folder, local_path
 
 logger = logging.getLogger(__name__)
@@ -91,9 +91,7 @@ class Controller:
             abandoned(self._run.path),
             Quarantine(self._run),
         )  # may fail: before the takeover
-        self._writer = ScoreWriter(
-            scores, num_samples, scoring_id=scoring_id, retention=Retention(config.store_versions)
-        )
+        self._writer = ScoreWriter(scores, num_samples, scoring_id=scoring_id, retention=config.retention)
         self._blocks = BlockTable(num_samples, config.block_size, config.permutation_seed)
         reader = ScoreReader(scores)
         version_N = reader.dense("model_version")

@@ -464,15 +464,15 @@ class ScoreReader:
 
 def _conform(table: pa.Table | pa.RecordBatch, num_samples: int) -> pa.Table:
     rows = pa.Table.from_batches([table]) if isinstance(table, pa.RecordBatch) else table
-    if sorted(rows.column_names) != sorted(SCORE_SCHEMA.names):
-        names = rows.column_names
+    names = rows.column_names
+    if sorted(names) != sorted(SCORE_SCHEMA.names):
         missing, extra = set(SCORE_SCHEMA.names) - set(names), set(names) - set(SCORE_SCHEMA.names)
         twice = {name for name in names if names.count(name) > 1}
         raise StoreMismatch(
             f"score rows lack columns {sorted(missing)}, have unknown ones {sorted(extra)}, some twice {sorted(twice)}"
         )
     try:
-        rows = rows.select(SCORE_SCHEMA.names).cast(SCORE_SCHEMA)
+        rows = rows if rows.schema == SCORE_SCHEMA else rows.select(SCORE_SCHEMA.names).cast(SCORE_SCHEMA)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise StoreMismatch(f"score rows do not fit SCORE_SCHEMA: {error}") from error
     for name in SCORE_SCHEMA.names:

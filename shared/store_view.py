@@ -50,15 +50,24 @@ class Overlay:
         beat_F[known_F] = self.model_version_R[at_F[known_F]]
         wins_F = version_F >= beat_F
         row_F += sum(table.num_rows for table in self.tables)
-        row_R, version_R = self.row_R.copy(), self.model_version_R.copy()
-        again_F, new_F = wins_F & known_F, wins_F & ~known_F
-        row_R[at_F[again_F]], version_R[at_F[again_F]] = row_F[again_F], version_F[again_F]
-        where = np.searchsorted(self.id_R, id_F[new_F])
+        # Samples that the overlay does not hold yet move those behind them on; the others change in place.
+        new_F = wins_F & (at_F < 0)
+        place_F = np.searchsorted(self.id_R, id_F) + np.cumsum(new_F) - new_F
+        is_kept = np.ones(len(self.id_R) + np.count_nonzero(new_F), dtype=bool)
+        is_kept[place_F[new_F]] = False
+        kept_R = np.flatnonzero(is_kept)
+
+        def merged(of_R: Ids, of_F: Ids) -> Ids:
+            both = np.empty(len(is_kept), dtype=np.int64)
+            both[kept_R] = of_R
+            both[place_F[wins_F]] = of_F[wins_F]
+            return both
+
         return Overlay(
             _joined([*self.tables, rows]),
-            np.insert(self.id_R, where, id_F[new_F]),
-            np.insert(row_R, where, row_F[new_F]),
-            np.insert(version_R, where, version_F[new_F]),
+            merged(self.id_R, id_F),
+            merged(self.row_R, row_F),
+            merged(self.model_version_R, version_F),
         )
 
     def column(self, name: str) -> npt.NDArray[Any]:

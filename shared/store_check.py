@@ -1,0 +1,113 @@
+"""A score store examined: every byte of it against what its manifests say, and what lies in its folder."""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from shared.errors import StoreCorrupt, StoreError
+from shared.store_files import FRAGMENTS, SNAPSHOTS, Manifest, Part, StoreFiles
+from shared.store_view import column_array
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """A file that is not as its manifest says, with what to do."""
+
+    file: str
+    problem: str
+
+
+def verify(uri: str | os.PathLike[str], progress: Callable[[int, int], None] | None = None) -> list[Problem]:
+    """Everything that is wrong with the store: lengths, checksums, Arrow files, ids, order. Reads every byte.
+
+    The store may be written to meanwhile.
+
+    Args:
+        progress: is told how many bytes have been read, and of how many.
+
+    Raises: StoreError when there is no store; StoreCorrupt for a manifest: it says what there is to verify.
+    """
+    store = StoreFiles(uri)
+    num_samples = store.describe()["num_samples"]
+    problems, done = [], 0
+    parts = _parts(store)
+    for kind, part in parts:
+        path = store.part_path(kind, part)
+        try:
+            store.check_part(kind, part)
+            _check_rows(store.read_part(kind, part), kind, num_samples, str(path))
+        except FileNotFoundError:
+            if (kind, part) in _parts(store):  # else it was collected meanwhile
+                problems.append(Problem(str(path), f"{path} is missing; restore it from a copy"))
+        except (StoreCorrupt, OSError) as error:
+            problems.append(Problem(str(path), f"{error}; restore it from a copy"))
+        done += part.bytes
+        if progress is not None:
+            progress(done, sum(part.bytes for _, part in parts))
+    return problems
+
+
+def stats(uri: str | os.PathLike[str]) -> dict[str, Any]:
+    """What the store holds and how much room it takes, in bytes. Raises StoreError, StoreCorrupt."""
+    store = StoreFiles(uri)
+    description = store.describe()
+    newest, *earlier = manifests(store)
+    named = {(kind, part.name): part.bytes for m in (newest, *earlier) for kind, part in m.parts()}
+    there = {
+        (kind, path.name): path.stat().st_size
+        for kind in (FRAGMENTS, SNAPSHOTS)
+        for path in (store.path / kind).iterdir()
+    }
+    return {
+        "store": str(store.path),
+        **description,
+        "store_version": newest.version,
+        "generation": newest.generation,
+        "committed_at": newest.committed_at if newest.version else None,
+        "rows_committed": newest.rows,
+        "snapshot_version": newest.base_version,
+        "snapshot_rows": newest.snapshot.rows if newest.snapshot else 0,
+        "snapshot_file": str(store.part_path(SNAPSHOTS, newest.snapshot)) if newest.snapshot else None,
+        "fragments": len(newest.fragments),
+        "fragment_rows": sum(part.rows for part in newest.fragments),
+        "earlier_versions": [[m.base_version, m.version] for m in earlier],
+        "bytes": sum(there.values()),
+        "bytes_newest": sum(part.bytes for _, part in newest.parts()),
+        "bytes_earlier": sum(named.values()) - sum(part.bytes for _, part in newest.parts()),
+        "bytes_unneeded": sum(size for key, size in there.items() if key not in named),
+    }
+
+
+def manifests(store: StoreFiles) -> list[Manifest]:
+    """The newest, and those that it keeps for earlier versions. Raises StoreError when there is none, StoreCorrupt."""
+    newest = store.newest()
+    if newest is None:
+        raise StoreError(f"{store.path} has no manifest; a ScoreWriter writes the first one")
+    found = [newest]
+    for anchor in newest.earlier:
+        manifest = store.read_manifest(anchor.generation)
+        if manifest is not None:
+            found.append(manifest)
+        elif store.newest(newest) is newest:
+            name = f"{store.path}/manifests/{anchor.generation:012d}.json"
+            raise StoreCorrupt(f"{name}, kept for versions {anchor.first} to {anchor.last}, is missing")
+    return found
+
+
+def _parts(store: StoreFiles) -> list[tuple[str, Part]]:
+    """Folder and part, each once, by version."""
+    return sorted(
+        {item for m in manifests(store) for item in m.parts()}, key=lambda item: (item[1].version, item[1].name)
+    )
+
+
+def _check_rows(rows: pa.Table, kind: str, num_samples: int, path: str) -> None:
+    ids = column_array(rows, "sample_id")
+    if len(ids) and (ids.min() < 0 or ids.max() >= num_samples):
+        raise StoreCorrupt(f"{path} has sample ids {ids.min()}..{ids.max()}, outside 0..{num_samples - 1}")
+    if kind == SNAPSHOTS and (np.diff(ids) <= 0).any():
+        raise StoreCorrupt(f"{path} is not sorted by sample_id with one row of each")
