@@ -22,8 +22,8 @@ from shared.checkpoints import CheckpointPublisher
 from shared.datasets import Dataset
 from shared.errors import SteppeError
 from shared.leases import Lease
-from shared.measures import rank_correlation
 from shared.models import build_model
+from shared.ranking import rank_correlation
 from shared.score_store import ScoreReader
 from shared.tracking import Tracker
 from trainer.feed import ScoreView

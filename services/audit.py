@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from shared.errors import ConfigError
 from shared.leases import AUDIT, Lease
-from shared.measures import percentiles, rank_correlation
+from shared.ranking import percentiles, rank_correlation
 
 MIN_SAMPLES = 128
 REFERENCE = 100_000

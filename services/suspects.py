@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from shared.errors import StoreMismatch
-from shared.measures import adm, loss, percentiles
+from shared.measures import adm, loss
+from shared.ranking import percentiles
 from shared.score_store import ScoreReader
 from shared.store_view import column_array
 

@@ -25,7 +25,6 @@ Floats = npt.NDArray[np.float64]
 Rows = Mapping[str, Column]
 
 PREVIOUS = "previous_"
-MIN_CORRELATED = 10
 MAX_EXPONENT = 709.0  # e^709 is a float64, e^710 is not
 
 
@@ -143,40 +142,6 @@ def find_measure(name: str) -> Measure:
     if name not in MEASURES:
         raise ConfigError(f"no measure {name!r}; known: {', '.join(MEASURES)}")
     return MEASURES[name]
-
-
-def percentiles(value_N: Column, model_version_N: npt.NDArray[np.int64]) -> Floats:
-    """Each value's percentile in [0,1] among the values of its own model_version.
-
-    NaN where the value is NaN or model_version is -1. Ranks from different versions do not mix (measured: 0.82 against
-    0.93 rank correlation). Equal values share the mean of their ranks; the percentile is (rank + 1/2) / n, so that a
-    version's percentiles have the mean 1/2.
-    """
-    out = np.full(len(value_N), np.nan)
-    scored = np.flatnonzero((model_version_N >= 0) & ~np.isnan(value_N))
-    order = scored[np.lexsort((value_N[scored], model_version_N[scored]))]
-    if not len(order):
-        return out
-    version, value = model_version_N[order], value_N[order]
-    new_version = np.append(True, version[1:] != version[:-1])
-    new_value = new_version | np.append(True, value[1:] != value[:-1])
-    group_start = np.flatnonzero(new_version)
-    group_size = np.diff(np.append(group_start, len(order)))
-    tie_start = np.flatnonzero(new_value)
-    tie_size = np.diff(np.append(tie_start, len(order)))
-    middle = np.repeat(tie_start + (tie_size - 1) / 2, tie_size)
-    out[order] = (middle - np.repeat(group_start, group_size) + 0.5) / np.repeat(group_size, group_size)
-    return out
-
-
-def rank_correlation(a_N: Floats, b_N: Floats) -> float | None:
-    """Spearman's, over the samples where both are finite; None for fewer than 10 or when one side is constant."""
-    both_N = np.isfinite(a_N) & np.isfinite(b_N)
-    one_version = np.zeros(int(both_N.sum()), dtype=np.int64)
-    a, b = percentiles(a_N[both_N], one_version), percentiles(b_N[both_N], one_version)
-    if len(a) < MIN_CORRELATED or np.ptp(a) == 0 or np.ptp(b) == 0:
-        return None
-    return float(np.clip(np.corrcoef(a, b)[0, 1], -1.0, 1.0))
 
 
 def _floats(rows: Rows, name: str) -> Floats:

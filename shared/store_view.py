@@ -144,11 +144,17 @@ class StoreView:
 
     def changed(self, since: int) -> pa.Table:
         """The latest rows of samples whose latest row came after store version `since`, sorted by sample_id."""
-        if since < (self.manifest.base_version if self.manifest else 0):
-            latest = self.latest()
-            return latest.filter(pa.array(column_array(latest, "store_version") > since))
-        older = sum(part.rows for part in self.manifest.fragments if part.version <= since) if self.manifest else 0
-        return _take(self.overlay.tables or [self.base], self.overlay.row_R[self.overlay.row_R >= older])
+        if self.manifest is None:
+            return NOTHING
+        older = sum(part.rows for part in self.manifest.fragments if part.version <= since)
+        is_newer_R = self.overlay.row_R >= older
+        in_base = np.zeros(0, dtype=np.int64)
+        if since < self.manifest.base_version:
+            in_base = np.flatnonzero(column_array(self.base, "store_version") > since)
+            in_base = in_base[positions(self.overlay.id_R, column_array(self.base, "sample_id")[in_base]) < 0]
+        ids = np.concatenate([column_array(self.base, "sample_id")[in_base], self.overlay.id_R[is_newer_R]])
+        rows = np.concatenate([in_base, self.overlay.row_R[is_newer_R] + self.base.num_rows])
+        return _take([self.base, *self.overlay.tables], rows[np.argsort(ids, kind="stable")])
 
     def dense(self, column: str) -> npt.NDArray[Any]:
         """One column by sample_id, shape [N]; see `ScoreReader.dense`."""

@@ -1,17 +1,29 @@
 """A measure followed over versions: what changed since the last look, and means over a sample's scorings."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from shared.errors import ConfigError, StateError
-from shared.measures import PREVIOUS, find_measure, percentiles
+from shared.measures import PREVIOUS, find_measure
+from shared.ranking import Ranking, percentiles
 from shared.score_store import ScoreReader
+from shared.store_view import column_array
 
 Floats = npt.NDArray[np.float64]
 
 MEMORY_OVER_VERSIONS = 0.9  # of measures that are changes from version to version, when nothing else is asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class _Ranked:
+    """Values and ranks at a store version."""
+
+    store_version: int
+    value_N: Floats
+    ranking: Ranking
 
 
 class Tracker:
@@ -36,6 +48,7 @@ class Tracker:
         self._version_N = np.zeros(0, dtype=np.int64)
         self._previous: dict[str, Floats] = {}
         self._mean_N = np.zeros(0)
+        self._ranked = _Ranked(0, np.zeros(0), Ranking(0))
 
     def update(self, reader: ScoreReader) -> tuple[Floats, Floats]:
         """The value that people see and the percentile of every sample, at the reader's version; NaN where unknown."""
@@ -61,6 +74,8 @@ class Tracker:
         self._previous = {name: column.copy() for name, column in state["previous"].items()}
 
     def _update(self, reader: ScoreReader) -> tuple[Floats, Floats]:
+        if self._rule.of_one_row and not self._memory:
+            return self._update_by_changes(reader)
         version_N = reader.dense("model_version")
         rows = {name: reader.dense(name) for name in self._rule.columns if not name.startswith(PREVIOUS)}
         if not self._rule.over_versions:
@@ -73,6 +88,20 @@ class Tracker:
         mean_N = self._average(change_N, version_N)
         self._previous = {PREVIOUS + name: np.asarray(column, dtype=np.float64) for name, column in rows.items()}
         return mean_N, percentiles(mean_N, version_N)
+
+    def _update_by_changes(self, reader: ScoreReader) -> tuple[Floats, Floats]:
+        """Without memory, of a measure of single rows: only what was committed since the last update is read."""
+        version, known = reader.version, self._ranked  # the reader may be refreshed meanwhile: then rows come twice
+        if len(known.value_N) != reader.num_samples or known.store_version > version:
+            known = _Ranked(0, np.full(reader.num_samples, np.nan), Ranking(reader.num_samples))
+        changed = reader.changes(known.store_version)
+        id_C = column_array(changed, "sample_id")
+        rows = {name: column_array(changed, name) for name in self._rule.columns}
+        value_N = known.value_N.copy()
+        value_N[id_C] = self._rule.show(rows)
+        percentile_N = known.ranking.update(id_C, self._rule.rank(rows), column_array(changed, "model_version"))
+        self._ranked = _Ranked(version, value_N, known.ranking)
+        return value_N, percentile_N
 
     def _before(self, rows: dict[str, Any], version_N: npt.NDArray[np.int64]) -> dict[str, Floats]:
         """The rows as they were at the last update; NaN at the first."""

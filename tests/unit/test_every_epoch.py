@@ -16,8 +16,8 @@ from shared.attempts import begin
 from shared.catalogue import Run
 from shared.checkpoints import CheckpointPublisher
 from shared.datasets import load_dataset
-from shared.measures import rank_correlation
 from shared.models import build_model
+from shared.ranking import rank_correlation
 from shared.score_store import ScoreReader
 from trainer.loop import TrainResult, train
 from trainer.state import StateSaver, load_newest_state

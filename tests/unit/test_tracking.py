@@ -9,7 +9,8 @@ import numpy.typing as npt
 import pytest
 
 from shared.errors import ConfigError, StateError
-from shared.measures import find_measure, percentiles
+from shared.measures import find_measure
+from shared.ranking import percentiles
 from shared.score_store import ScoreReader, ScoreWriter
 from shared.tracking import Tracker
 from tests.rows import make_rows
