@@ -63,15 +63,16 @@ class Folder:
         self.path = local_path(uri)
 
     def make(self) -> "Folder":
-        """Create the folder, durably, when it is not there."""
-        missing = []
-        path = self.path
-        while not path.exists():
-            missing.append(path)
-            path = path.parent
-        self.path.mkdir(parents=True, exist_ok=True)
+        """Create the folder, durably, when it is not there. One that is there may not be durable yet: that is made up."""
+        missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
         for path in reversed(missing):
-            _sync_folder(path.parent)
+            path.mkdir(exist_ok=True)
+            try:
+                _sync_folder(path.parent)
+            except OSError:
+                path.rmdir()
+                raise
+        _sync_folder(self.path.parent)
         return self
 
     def put(self, name: str, data: "bytes | pa.Buffer") -> None:

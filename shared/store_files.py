@@ -119,6 +119,7 @@ class StoreFiles:
             folder.make()
         wanted = {"format": FORMAT, "num_samples": num_samples, "scoring_id": scoring_id}
         if not self._root.create("store.json", json.dumps(wanted).encode()):
+            self._root.sync()  # whoever created it may not have come to that
             found = self.describe()
             for key in ("num_samples", "scoring_id"):
                 if found[key] != wanted[key]:

@@ -119,11 +119,9 @@ class Disk:
 
     def _fsync(self, real: Callable[..., Any], path: Path, descriptor: int) -> None:
         if path.is_dir():
-            real(descriptor)
             self._synced_names[str(path)] = {entry.name: entry.stat().st_ino for entry in path.iterdir()}
             self._unsynced[str(path)] = []
         else:
-            real(descriptor)
             self._synced_content[os.fstat(descriptor).st_ino] = path.read_bytes()
 
     def _link(self, real: Callable[..., Any], path: Path, source: Any, target: Any, **kwargs: Any) -> None:
