@@ -87,8 +87,12 @@ class EveryEpoch:
         return self._newest
 
     def status(self) -> dict[str, Any]:
-        """The controller's, with a fidelity of its own: rank correlation of the view in use with the new scores."""
-        return self._controller.status() | {"fidelity": fidelity_notes(self._fidelity)}
+        """The controller's, with a fidelity of its own: rank correlation of the view in use with the new scores.
+
+        These replace it, so that even fresh scores have been used for an epoch by then.
+        """
+        fidelity = fidelity_notes(self._fidelity)
+        return self._controller.status() | {"fidelity": fidelity and fidelity | {"measure": self._tracker.measure}}
 
     def rescore(self, model: nn.Module, step: int) -> None:
         """Publish the weights of `model` and score all samples with them; afterwards `view` holds these scores."""

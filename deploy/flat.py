@@ -40,9 +40,12 @@ Values = dict[str, Floats]  # by the name of the measure, one value per sample
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 FORMS = ("textbook", "margin_form")
+# All but those over batches and data sets, which are the gap in other units and rank like it within one version, and
+# instability, which compares versions.
 MEANINGS = {
     "adm": "(l'-l) / (l'+l)",
     "adm_by_clean": "(l'-l) / l",
+    "adm_by_adversarial": "(l'-l) / l'",
     "gap": "l' - l",
     "loss": "l",
     "confidence": "1 - p_y",
@@ -149,6 +152,7 @@ def textbook(model: nn.Module, x_NCHW: Tensor, y_N: Tensor, epsilon: float) -> V
         {
             "adm": gap_N / (attacked_loss_N + loss_N),
             "adm_by_clean": gap_N / loss_N,
+            "adm_by_adversarial": gap_N / attacked_loss_N,
             "gap": gap_N,
             "loss": loss_N,
             "confidence": 1 - p_NK.gather(1, y_N[:, None])[:, 0],
@@ -178,6 +182,7 @@ def reference(model: nn.Module, x_NCHW: Tensor, y_N: Tensor, epsilon: float) -> 
         {
             "adm": (attacked_loss_N / loss_N).log(),  # (l'-l) / (l'+l) is tanh of its half, and saturates
             "adm_by_clean": (attacked_loss_N - loss_N) / loss_N,
+            "adm_by_adversarial": (attacked_loss_N / loss_N).log(),
             "gap": attacked_loss_N - loss_N,
             "loss": loss_N,
             "confidence": wrong_N,
@@ -194,9 +199,9 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 8.5), layout="constrained")
+    figure = Figure(figsize=(14, 6.2), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(3, 3, sharex=True, sharey=True).ravel()
+    panels = figure.subplots(2, 5, sharex=True, sharey=True).ravel()
     broad = {"told_apart": 3.0, "spearman": 8.0}  # where both are 1 the one shows on the other
     for panel, (name, forms) in zip(panels, found["measures"].items(), strict=True):
         panel.axhline(0, color="0.8", linewidth=0.8)
@@ -210,7 +215,7 @@ def draw(found: Mapping[str, Any], path: Path) -> None:
             panel.plot(x, forms["textbook"][key], "--", color=colour, marker=".", linewidth=1.2, label=label)
         panel.set(xscale="log", ylim=(-0.35, 1.08))
         panel.set_title(f"{name.replace('_', ' ')}:  {MEANINGS[name]}", fontsize=10)
-    for panel in panels[-3:]:
+    for panel in panels[-5:]:
         panel.set_xlabel("epoch, and median margin then")
         panel.set_xticks(found["epochs"], _tick_labels(found), fontsize=8)
         panel.minorticks_off()

@@ -108,11 +108,10 @@ class Controller:
         self._audit = Audit(num_samples, config.audit_share, config.permutation_seed, reader.metadata.get("fidelity"))
         self._audit.pass_over(int(reader.metadata.get("newest_scored_version", 0)))  # its rows are in the store already
         self._audit_timeout_s = config.lease_timeout_s * max(1.0, len(self._audit) / config.block_size)
-        rule = find_measure(measure)
-        self._measure = rule if rule.of_one_row else find_measure("adm")
+        self._measure = measure if find_measure(measure).of_one_row else "adm"
         self._audit_reader: ScoreReader | None = None
         self._auditing = threading.Lock()
-        self._audited_rows = 0
+        self._audited_rows = int(reader.metadata.get("audited_rows", 0))
         self._audit_untold: dict[str, Any] = {}
         self._audit_told_at = -math.inf
         self._quarantine.count = int(reader.metadata.get("quarantined_rows", 0))
@@ -232,7 +231,7 @@ class Controller:
                 "samples_per_second": self._rate(),
                 "samples_per_second_mean": self._received / max(self._last_submit - self._first_lease, 1e-9),
                 "audited_rows": self._audited_rows,
-                "fidelity": self._audit.notes(),
+                "fidelity": self._fidelity(),
                 "quarantined_rows": self._quarantine.count,
                 "reports": dict(self._reports),
                 "trouble": str(self._failure or self._trouble or "") or None,
@@ -306,9 +305,10 @@ class Controller:
                 notes = self._passes.notes() | {
                     "wanted": self._wanted,
                     "quarantined_rows": self._quarantine.count,
+                    "audited_rows": self._audited_rows,
                     "reports": dict(self._reports),
                 }
-                if (audits := self._audit.notes()) is not None:
+                if (audits := self._fidelity()) is not None:
                     notes["fidelity"] = audits
             self._quarantine.save()
             self._writer.commit(notes)
@@ -363,13 +363,20 @@ class Controller:
                 if value is None:
                     logger.info("version %d cannot be audited: %d comparable samples", version, samples)
                 else:
-                    self._audit_untold = {"model_version": version, "fidelity": value, "samples": samples}
+                    found = {"model_version": version, "fidelity": value, "samples": samples}
+                    self._audit_untold = found | {"measure": self._measure}
                 self._wake()
         self._tell_audits(at_least_after_s=EVENT_INTERVAL_S)
 
+    def _fidelity(self) -> dict[str, Any] | None:
+        """The audits so far, and of which measure they are; None before the first."""
+        notes = self._audit.notes()
+        return notes and notes | {"measure": self._measure}
+
     def _values(self, rows: pa.Table) -> npt.NDArray[np.float64]:
-        columns = {name: rows.column(name).to_numpy() for name in self._measure.columns}
-        return np.asarray(self._measure.rank(columns), dtype=np.float64)
+        rule = find_measure(self._measure)
+        columns = {name: rows.column(name).to_numpy() for name in rule.columns}
+        return np.asarray(rule.rank(columns), dtype=np.float64)
 
     def _take(self, scorer_id: str, rows: pa.Table, failed: Mapping[int, str]) -> None:
         """Finite rows for the store, the others for the quarantine."""

@@ -60,8 +60,11 @@ class Curriculum:
     """The policy that `config` describes.
 
     Before `begin_at` every sample is neutral; from there on `progress` runs from 0 to 1. What is not known or trusted
-    is neutral too, and in between the weight is mixed: trust * v + (1 - trust). Where nothing has a weight, such as
-    among equal losses, all are neutral.
+    is neutral too, and in between the weight is mixed: trust * v + (1 - trust). Where nothing known has a weight, such
+    as among equal losses, all are neutral.
+
+    Samples that the guard sets apart do not count in shares and thresholds of the others; `soft` leaves the others the
+    places that they have among all.
 
     Args:
         seed: of the random order.
@@ -83,22 +86,29 @@ class Curriculum:
             return np.ones(len(seen.percentile_N))
         progress = (progress - config.begin_at) / (1 - config.begin_at)
         loss_N = seen.loss_N
-        with np.errstate(invalid="ignore", over="ignore"):  # of what is unscored, and of losses beyond a lambda of 0
-            v_N = self._weigh(self._order(seen.percentile_N, self._seed), loss_N, progress, config)
-        v_N = np.where(np.isnan(v_N), 1.0, v_N)
+        v_N = self._v(seen.percentile_N, loss_N, progress)
         bad_N = loss_N > self._guard_loss  # False where unscored
         if guarded := guard_strength(bad_N, loss_N, progress, config):
-            v_N = np.where(bad_N, (1 - guarded) * v_N + guarded * self._guard(v_N, config), v_N)
-        weight_N = 1 - seen.trust_N + seen.trust_N * v_N
-        return weight_N if weight_N.any() else np.ones(len(weight_N))
+            good_v_N = self._v(np.where(bad_N, np.nan, seen.percentile_N), np.where(bad_N, np.nan, loss_N), progress)
+            bad_v_N = (1 - guarded) * v_N + guarded * self._guard(v_N, good_v_N, config)
+            v_N = np.where(bad_N, bad_v_N, good_v_N)
+        known_N = ~np.isnan(v_N)
+        if known_N.any() and not v_N[known_N].any():
+            return np.ones(len(v_N))
+        return 1 - seen.trust_N + seen.trust_N * np.where(known_N, v_N, 1.0)
+
+    def _v(self, percentile_N: Floats, loss_N: Floats, progress: float) -> Floats:
+        """What the curriculum alone says; NaN where nothing is known."""
+        with np.errstate(invalid="ignore", over="ignore"):  # of what is unscored, and of losses beyond a lambda of 0
+            return self._weigh(self._order(percentile_N, self._seed), loss_N, progress, self._config)
 
 
-def find_policy(name: str, **settings: object) -> Curriculum:
+def find_policy(name: str, *, seed: int = 0, num_classes: int = 10, **settings: object) -> Curriculum:
     """The curriculum `name` with settings as in the section `train.curriculum`. Raises ConfigError."""
     from shared.config import make_config
     from trainer.config import CurriculumConfig
 
-    return Curriculum(make_config(CurriculumConfig, {"name": name, **settings}))
+    return Curriculum(make_config(CurriculumConfig, {"name": name, **settings}), seed=seed, num_classes=num_classes)
 
 
 def trust(age_N: npt.NDArray[np.int64], bound: int) -> Floats:
@@ -134,6 +144,8 @@ def pacing(place_N: Floats, loss_N: Floats, progress: float, config: "Curriculum
 
 def self_paced(place_N: Floats, loss_N: Floats, progress: float, config: "CurriculumConfig") -> Floats:
     """Weights of the loss l against a threshold lambda, the quantile g(progress) of all losses (Kumar et al. 2010).
+
+    Losses of different model versions are compared as they are: meant for scores of one version (`every_epoch`).
 
     Hard: 1 if l < lambda; linear: 1 - l / lambda; logistic: (1 + e^-lambda) / (1 + e^(l - lambda)). With g = 1 lambda
     is infinite, and every weight 1: in the end all data counts.
@@ -175,14 +187,14 @@ ORDERS: dict[str, Callable[[Floats, int], Floats]] = {
 }
 
 
-# -- guards: weights (N,), settings -> the weights of samples whose label looks wrong ----------------------------------
+# -- guards: weights (N,), those of the others (NaN elsewhere) -> weights of samples whose label looks wrong -----------
 
-GUARDS: dict[str, Callable[[Floats, "CurriculumConfig"], Floats | float]] = {
-    "none": lambda v_N, config: v_N,
-    "hardest": lambda v_N, config: float(v_N.min()),
-    "neutral": lambda v_N, config: 1.0,
-    "cap": lambda v_N, config: np.minimum(v_N, 1.0),
-    "aside": lambda v_N, config: config.guard_weight,
+GUARDS: dict[str, Callable[[Floats, Floats, "CurriculumConfig"], Floats | float]] = {
+    "none": lambda v_N, good_v_N, config: v_N,
+    "hardest": lambda v_N, good_v_N, config: float(np.fmin.reduce(good_v_N, initial=1.0)),
+    "neutral": lambda v_N, good_v_N, config: 1.0,
+    "cap": lambda v_N, good_v_N, config: np.minimum(v_N, 1.0),
+    "aside": lambda v_N, good_v_N, config: np.minimum(v_N, config.guard_weight),
 }
 
 

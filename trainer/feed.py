@@ -111,7 +111,8 @@ class ScoreFeed:
     Args:
         uri: the run folder. Its score store need not be there yet.
         measure: whose percentiles the views carry.
-        memory: how far percentiles are averaged over a sample's scorings (`shared.tracking.Tracker`).
+        memory: how far percentiles are averaged over a sample's scorings (`shared.tracking.Tracker`); what it remembers
+            is not saved: after a resume it begins anew.
         newest_version: where the trainer publishes itself, its publisher's newest version; else the checkpoint feed is
             read in the background.
 
@@ -129,6 +130,7 @@ class ScoreFeed:
         refresh_interval_s: float = 0.5,
         newest_version: Callable[[], int] | None = None,
     ) -> None:
+        self.measure = measure
         self._tracker = Tracker(measure, memory)
         self._run = local_path(uri)
         self._refresh_interval_s = refresh_interval_s

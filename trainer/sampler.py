@@ -77,7 +77,7 @@ class CurriculumSampler(Sampler[int]):
         scores: a `ScoreFeed`; or a `ScoreReader` or a score store's path, read when a window is planned; or None.
         policy: a `trainer.curriculum` policy or its name.
         form: "sampling", where the policy's weights are chances of being drawn; or "weighting", where every sample is
-            drawn alike and `loss_weights` tells its weight.
+            drawn alike and `loss_weights` tells its weight by the window that is planned when it is asked.
         seed: of the draws.
         epochs: of the whole training, by which the policy's progress is told; None keeps progress at 0.
         windows_per_epoch: a window is N / windows_per_epoch draws.
@@ -108,7 +108,7 @@ class CurriculumSampler(Sampler[int]):
         if form not in ("sampling", "weighting"):
             raise ConfigError(f"form is {form!r}; it must be 'sampling' or 'weighting'")
         self.num_samples = num_samples
-        self.policy = find_policy(policy) if isinstance(policy, str) else policy
+        self.policy = find_policy(policy, seed=seed) if isinstance(policy, str) else policy
         self._scores = _scores_of(scores, num_samples, self.policy)
         if (found := len(self._scores.view().model_version_N)) != num_samples:
             raise ConfigError(f"the scores are of {found} samples, the sampler of {num_samples}")
@@ -275,6 +275,10 @@ def _scores_of(scores: ScoreSource, num_samples: int, policy: Policy) -> Scores:
     if isinstance(scores, str | os.PathLike):
         scores = ScoreReader(scores)
     if not isinstance(scores, ScoreReader):
+        if (measure := getattr(scores, "measure", policy.measure)) != policy.measure:
+            raise ConfigError(
+                f"the scores are by the measure {measure!r}, the policy wants {policy.measure!r}; give both one"
+            )
         return scores
     return _ReaderScores(scores, Tracker(policy.measure, getattr(policy, "memory", None)))
 

@@ -165,6 +165,17 @@ class _Comparison:
             exclude={"data": label, "method": label},
         )
 
+    def _claims(self) -> dict[str, Any]:
+        """What is to be said of the final runs: committed with the settings, before any of them is made."""
+        return self._config.model_dump(mode="json", include={"candidate", "controls", "equivalences", "seeds"})
+
+    def _changed(self) -> list[str]:
+        """The claims that are not those that were committed."""
+        committed = (self._read("settings.json") or {}).get("claims")
+        if committed is None:  # of an older steppe
+            return []
+        return [f"{key} ({committed[key]}, now {now})" for key, now in self._claims().items() if now != committed[key]]
+
     def _search(self, fingerprints: dict[str, str], train: Train) -> tuple[Chosen, list[dict[str, Any]]]:
         """Search, and commit to what is found."""
         chosen: Chosen = {data: {} for data in self._config.data}
@@ -183,6 +194,7 @@ class _Comparison:
         content = {
             "of": self._what(),
             "fingerprints": fingerprints,
+            "claims": self._claims(),
             "chosen_at": _now(),
             "chosen": chosen,
             "search": search,
@@ -286,6 +298,7 @@ class _Comparison:
                 for cell in finals
                 if (reason := self._store.failure(cell))
             ],
+            "changed": self._changed(),
             "config": config.model_dump(mode="json", by_alias=True),
         }
         found = report(results)

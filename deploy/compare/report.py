@@ -17,8 +17,12 @@ from deploy.compare.statistics import LEVEL, NOT_SHOWN, equivalent, simultaneous
 from shared.errors import DataError
 
 PERCENT = 100.0
-COST_OF_ONE = "sam"  # the method whose cost counts as 1
+PLAIN = "sam"  # the method whose cost counts as 1, where there is one; else the candidate's
 WIDTH = 100
+OVERVIEW_NOTE = (
+    "± is the standard error over the seeds, in brackets stands the 95 % interval of that difference alone; bold is "
+    "what is ahead or behind after Holm over the data sets."
+)
 NOT_COVERED = (
     "Not covered: the images are fixed. Seeds vary the initialisation, the order, and which labels are flipped; "
     "so this is about repeating the training on these images, not about other images or data sets."
@@ -44,12 +48,15 @@ def report(results: Mapping[str, Any]) -> dict[str, Any]:
         "candidate": results["candidate"],
         "candidate_label": _label(results, "methods", results["candidate"]),
         "level": LEVEL,
+        "chosen": {data: results["chosen"].get(data, {}) for data in results["data"]},
+        "search": search_table(results),
         "tables": [_table(results, cells, data) for data in results["data"]],
         "differences": _differences(results, cells),
         "equivalences": _equivalences(results, cells),
         "expected_cells": expected,
         "missing_cells": expected - sum(len(by_seed) for by_seed in cells.values()),
         "diverged": list(results.get("diverged", [])),
+        "changed": list(results.get("changed", [])),
         "notes": _notes(results),
     }
 
@@ -87,7 +94,7 @@ def to_text(report: Mapping[str, Any]) -> str:
 
 def to_markdown(report: Mapping[str, Any]) -> str:
     """The overview and the same tables for GitHub."""
-    return overview(report) + "\n" + _as_markdown(_sections(report), _remarks(report))
+    return f"{overview(report)}\n{OVERVIEW_NOTE}\n\n{_as_markdown(_sections(report), _remarks(report))}"
 
 
 def overview(report: Mapping[str, Any]) -> str:
@@ -104,22 +111,12 @@ def overview(report: Mapping[str, Any]) -> str:
     for one in report["differences"]:
         mine = accuracy[one["data"]]
         found = f"{_number(mine['mean'], '.2f')} ± {_number(mine['standard_error'], '.2f')}"
-        row = rows.setdefault(one["data"], [one["data_label"], str(mine["n"]), found])
+        row = rows.setdefault(one["data"], [one["data_label"], str(one["n"]), found])
         text = f"{_number(one['mean'], '+.2f')} ({_interval(one['low'], one['high'])})"
         row.append(f"**{text}**" if one["verdict"] != NOT_SHOWN else text)
     controls = dict.fromkeys(one["control_label"] for one in report["differences"])
     header = ["data", "n", report["candidate_label"], *(f"minus {label}" for label in controls)]
     return _as_markdown([_Section("", header, list(rows.values()))], [])
-
-
-def search_to_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """`search_table` as aligned tables in at most 100 columns."""
-    return _as_text("Settings tried on validation images", _search_sections(rows), [])
-
-
-def search_to_markdown(rows: Sequence[Mapping[str, Any]]) -> str:
-    """`search_table` for GitHub."""
-    return _as_markdown(_search_sections(rows), [])
 
 
 def cells_by_seed(results: Mapping[str, Any]) -> Cells:
@@ -154,7 +151,7 @@ def _label(results: Mapping[str, Any], kind: str, name: str) -> str:
 def _table(results: Mapping[str, Any], cells: Cells, data: str) -> dict[str, Any]:
     rows = []
     for method in results["methods"]:
-        mine, plain = cells.get((data, method), {}), cells.get((data, COST_OF_ONE), {})
+        mine, plain = cells.get((data, method), {}), cells.get((data, _cost_of_one(results)), {})
         ratios = [
             mine[seed]["forward_equivalents"] / plain[seed]["forward_equivalents"] for seed in mine if seed in plain
         ]
@@ -171,6 +168,10 @@ def _table(results: Mapping[str, Any], cells: Cells, data: str) -> dict[str, Any
     return {"data": data, "data_label": _label(results, "data", data), "rows": rows}
 
 
+def _cost_of_one(results: Mapping[str, Any]) -> str:
+    return PLAIN if PLAIN in results["methods"] else str(results["candidate"])
+
+
 def _mean_of(cells: Iterable[Mapping[str, Any]], key: str) -> float | None:
     return summary([cell[key] for cell in cells if cell.get(key) is not None]).mean
 
@@ -179,7 +180,7 @@ def _differences(results: Mapping[str, Any], cells: Cells) -> list[dict[str, Any
     """Candidate minus control, by data set; the family that is adjusted together is one control's data sets."""
     candidate = results["candidate"]
     families = {
-        control: simultaneous([_pairs(cells, data, candidate, control) for data in results["data"]])
+        control: simultaneous([_pairs(results, cells, data, candidate, control) for data in results["data"]])
         for control in results["controls"]
     }
     return [
@@ -209,14 +210,17 @@ def _equivalences(results: Mapping[str, Any], cells: Cells) -> list[dict[str, An
             "b": one["b"],
             "b_label": _label(results, "methods", one["b"]),
             "margin": one["margin"],
-            **asdict(equivalent(*_pairs(cells, data, one["a"], one["b"]), one["margin"])),
+            **asdict(equivalent(*_pairs(results, cells, data, one["a"], one["b"]), one["margin"])),
         }
         for one in results["equivalences"]
         for data in results["data"]
     ]
 
 
-def _pairs(cells: Cells, data: str, a: str, b: str) -> tuple[list[float], list[float]]:
+def _pairs(results: Mapping[str, Any], cells: Cells, data: str, a: str, b: str) -> tuple[list[float], list[float]]:
+    """Accuracies of the seeds that both have; none where a seed of either diverged, since the rest would flatter it."""
+    if any(one["data"] == data and one["method"] in (a, b) for one in results.get("diverged", [])):
+        return [], []
     of_a, of_b = accuracies(cells, data, a), accuracies(cells, data, b)
     both = [seed for seed in of_a if seed in of_b]
     return [of_a[seed] for seed in both], [of_b[seed] for seed in both]
@@ -226,17 +230,23 @@ def _notes(results: Mapping[str, Any]) -> dict[str, str]:
     many = len(results["data"])
     sets = "1 data set" if many == 1 else f"{many} data sets"
     notes = {"tables": "SE is the standard error of the mean over seeds."}
-    if COST_OF_ONE in results["methods"]:
-        plain = _label(results, "methods", COST_OF_ONE)
-        notes["tables"] += f" Cost is in forward passes, relative to {plain} with the same seed."
+    plain = _label(results, "methods", _cost_of_one(results))
+    notes["tables"] += (
+        f" Cost is in forward passes, scorers included, relative to {plain} with the same seed. Seconds are those of "
+        "the trainer, with other trainings on the other cores."
+    )
     if any(cell.get("fidelity") is not None for cell in results["cells"]):
-        notes["tables"] += " Fidelity is that of the scores, where a run measured it."
+        notes["tables"] += (
+            " Fidelity is the rank correlation of scores with those of the newest weights, which are about to replace "
+            "them, where a run measured it."
+        )
     if results["controls"]:
         notes["differences"] = (
             "95 % intervals of paired differences over seeds, Student t; Holm over data sets. The 95 % interval is of "
             f'that row alone; the interval "all sets" holds for the {sets} together (Bonferroni); p Holm is p adjusted '
             f'over the {sets}, for each control by itself. "ahead" and "behind" are said only where p Holm is below '
-            "0.05. A dash means fewer than two pairs, or differences without any spread: not tested."
+            "0.05; nothing is adjusted over the controls. A dash means fewer than two pairs, differences without any "
+            "spread, or seeds that diverged: not tested."
         )
     if results["equivalences"]:
         notes["equivalences"] = (
@@ -244,6 +254,10 @@ def _notes(results: Mapping[str, Any]) -> dict[str, str]:
             "within the margin; not adjusted over data sets. Seeds needed: pairs for 80 % power if the true difference "
             "is 0 and differences spread as here."
         )
+    notes["search"] = (
+        "Settings are chosen by the mean validation accuracy; with flipped labels those of the validation images are "
+        "flipped too. A method begins with the settings chosen for the one that it is like."
+    )
     return notes | {"not_covered": NOT_COVERED}
 
 
@@ -274,7 +288,12 @@ def _sections(report: Mapping[str, Any]) -> list[_Section]:
     for one in report["equivalences"]:
         tests.setdefault((one["a_label"], one["b_label"], one["margin"]), []).append(one)
     equivalences = [_equivalence_section(*names, rows) for names, rows in tests.items()]
-    groups = ((tables, "tables"), (differences, "differences"), (equivalences, "equivalences"))
+    groups = (
+        (tables, "tables"),
+        (differences, "differences"),
+        (equivalences, "equivalences"),
+        (_search_sections(report["search"]), "search"),
+    )
     return [
         replace(section, note=notes[name]) if section is sections[-1] else section
         for sections, name in groups
@@ -354,7 +373,8 @@ def _remarks(report: Mapping[str, Any]) -> list[str]:
     unfinished = [f"Unfinished: {missing} of {expected} cells are missing."] if missing else []
     named = ", ".join(f"{one['data']} {one['method']} seed {one['seed']}" for one in diverged)
     lost = [f"Diverged, and in no mean: {named}."] if diverged else []
-    return [*unfinished, *lost, report["notes"]["not_covered"], f"Made by: {report['command']}"]
+    changed = [f"Changed since the settings were chosen: {', '.join(report['changed'])}."] if report["changed"] else []
+    return [*unfinished, *lost, *changed, report["notes"]["not_covered"], f"Made by: {report['command']}"]
 
 
 def _number(value: float | None, form: str) -> str:

@@ -267,7 +267,14 @@ def test_fidelity_of_an_audit_and_its_line_in_the_diary(tmp_path: Path) -> None:
         fresh[:2] = [1, 0]
         hand_in(controller, audit, 2, log_ratio=fresh)
         expected = 1 - 6 * 2 / (AUDITED * (AUDITED**2 - 1))
-        notes = {"latest": expected, "mean": expected, "min": expected, "count": 1, "model_version": 2}
+        notes = {
+            "latest": expected,
+            "mean": expected,
+            "min": expected,
+            "count": 1,
+            "model_version": 2,
+            "measure": "adm",
+        }
 
         assert controller.status()["fidelity"] == pytest.approx(notes)
     assert ScoreReader(tmp_path / "scores").metadata["fidelity"] == pytest.approx(notes)
@@ -363,7 +370,7 @@ def test_restarted_controller_knows_the_rows_of_an_audit_that_it_did_not_lease(t
 
         assert controller.lease("b", 3).block != AUDIT
         assert controller.status()["fidelity"] == pytest.approx(
-            {"latest": -1, "mean": 0, "min": -1, "count": 2, "model_version": 3}, abs=1e-12
+            {"latest": -1, "mean": 0, "min": -1, "count": 2, "model_version": 3, "measure": "adm"}, abs=1e-12
         )
     assert ScoreReader(tmp_path / "scores").rows == SAMPLES
 
@@ -439,4 +446,4 @@ def test_stats_show_fidelity(tmp_path: Path) -> None:
         after = Difficulty(run).stats()["fidelity"]
 
     assert before is None
-    assert after == pytest.approx({"latest": 1, "mean": 1, "min": 1, "count": 1, "model_version": 2})
+    assert after == pytest.approx({"latest": 1, "mean": 1, "min": 1, "count": 1, "model_version": 2, "measure": "adm"})

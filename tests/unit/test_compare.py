@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from deploy.compare import cells
 from deploy.compare import compare as module
 from deploy.compare.cells import Cell, CellStore, Facts, make_cell
 from deploy.compare.compare import compare, epochs_for, report_only
@@ -15,8 +16,9 @@ from deploy.compare.config import CompareConfig, stages
 from deploy.compare.progress import Progress
 from deploy.compare.report import to_text
 from deploy.compare.workers import Workers
+from deploy.config import RunConfig
 from shared.config import make_config, read_config
-from shared.errors import ConfigError, DataError, RunError
+from shared.errors import CellFailed, ConfigError, DataError, RunError
 
 BASE: dict[str, Any] = {
     "name": "tiny",
@@ -334,6 +336,50 @@ def test_candidate_controls_and_labels_may_change_afterwards(trained: Any, tmp_p
 
     assert found["candidate_label"] == "method sam"
     assert len(fake.trained) == count
+    assert found["changed"] == ["candidate (adm, now sam)", "controls (['sam'], now ['adm'])"]
+
+
+@pytest.mark.parametrize(
+    ("mode", "changes", "text"),
+    [
+        ("async", {}, None),
+        ("async", {"coverage": 0.5}, "50% of the samples were scored"),
+        ("async", {"draws_unscored": 0.9}, "90% of the draws had no score"),
+        ("off", {"coverage": 0.0, "draws_unscored": 1.0}, None),
+        ("every_epoch", {"scored_rows": 200}, None),
+        ("every_epoch", {"scored_rows": 199}, "199 of 200 rows were scored"),
+        ("every_epoch", {"scored_rows": 150, "quarantined_rows": 50}, None),
+    ],
+)
+def test_a_training_without_its_scores_is_no_result(
+    tmp_path: Path, mode: str, changes: dict[str, Any], text: str | None
+) -> None:
+    (tmp_path / "run.json").write_text(
+        json.dumps(
+            {
+                "run_id": "r",
+                "num_samples": 100,
+                "dataset_fingerprint": "d",
+                "scoring_id": "s",
+                "config": {},
+                "created_at": "2026-01-02",
+            }
+        )
+    )
+    config = RunConfig.model_validate({"scoring": {"mode": mode}, "train": {"epochs": 3}})
+    summary = {
+        "coverage": 1.0,
+        "draws_unscored": 0.1,
+        "scored_rows": 0,
+        "quarantined_rows": 0,
+        "run_folder": str(tmp_path),
+    }
+
+    if text is None:
+        cells._check_scored(config, summary | changes)
+    else:
+        with pytest.raises(CellFailed, match=text):
+            cells._check_scored(config, summary | changes)
 
 
 def test_nothing_to_report_before_the_settings_are_chosen(tmp_path: Path) -> None:

@@ -12,8 +12,6 @@ from deploy.compare.report import (
     overview,
     report,
     search_table,
-    search_to_markdown,
-    search_to_text,
     to_markdown,
     to_text,
 )
@@ -152,17 +150,6 @@ def test_a_run_that_has_just_begun_claims_nothing(results: dict[str, Any]) -> No
     assert "Unfinished: 6 of 6 cells are missing." in to_text(answer)
 
 
-def test_without_plain_sam_no_cost_is_claimed(results: dict[str, Any]) -> None:
-    del results["methods"]["sam"]
-    results["cells"] = [cell for cell in results["cells"] if cell["method"] != "sam"]
-
-    answer = report(results | {"controls": []})
-
-    assert {None} == {row["relative_cost"] for row in answer["tables"][0]["rows"]}
-    assert "Cost" not in to_text(answer)
-    assert "minus each" not in to_text(answer)
-
-
 def test_the_report_survives_json(results: dict[str, Any]) -> None:
     answer = report(results)
 
@@ -173,7 +160,7 @@ def test_the_text_fits_a_hundred_columns_and_loses_no_word_of_long_labels(result
     results["methods"]["sam"]["label"] = "plain [bold] SAM with a label " + "that goes on " * 8 + "to its last_word"
     results["search"][0]["settings"] = {f"a.long.setting.number_{index}": 0.125 for index in range(5)}
 
-    written = to_text(report(results)) + search_to_text(search_table(results))
+    written = to_text(report(results))
 
     assert max(map(len, written.splitlines())) <= 100
     assert "…" not in written
@@ -193,7 +180,7 @@ def test_every_row_of_a_markdown_table_has_as_many_cells_as_its_header(results: 
     results["methods"]["sam"]["label"] = "plain | SAM"
     tables = [part for part in to_markdown(report(results)).split("\n\n") if part.startswith("|")]
 
-    assert len(tables) == 6
+    assert len(tables) == 7
     for table in tables:
         assert len({line.replace("\\|", "").count("|") for line in table.splitlines()}) == 1
 
@@ -216,7 +203,36 @@ def test_the_search_table_marks_what_was_chosen(results: dict[str, Any]) -> None
     ]
     assert (rows[0]["n"], rows[0]["mean"], rows[0]["standard_error"]) == (2, pytest.approx(55.0), pytest.approx(5.0))
     assert (rows[2]["n"], rows[2]["standard_error"]) == (1, None)
-    assert "| plain SAM | rho = 0.1 | chosen | 2 | 55.00 | 5.00 |" in search_to_markdown(rows)
+    assert "| plain SAM | rho = 0.1 | chosen | 2 | 55.00 | 5.00 |" in to_markdown(report(results))
+
+
+def test_where_a_seed_diverged_nothing_is_claimed(results: dict[str, Any]) -> None:
+    """The seeds that are left would flatter the method that loses some."""
+    results["diverged"] = [{"data": "easy", "method": "adm", "seed": 104, "reason": "loss is nan"}]
+    found = report(results)
+
+    easy, hard = found["differences"]
+    assert (easy["n"], easy["mean"], easy["verdict"]) == (0, None, NOT_SHOWN)
+    assert hard["verdict"] == BEHIND
+    assert found["equivalences"][0]["holds"] is False
+    assert "Diverged, and in no mean: easy adm seed 104." in to_text(found)
+
+
+def test_claims_that_were_changed_after_the_choice_are_told(results: dict[str, Any]) -> None:
+    found = report(results | {"changed": ["seeds (8, now 30)"]})
+
+    assert "Changed since the settings were chosen: seeds (8, now 30)." in to_markdown(found)
+
+
+def test_without_plain_sam_costs_are_relative_to_the_candidate(results: dict[str, Any]) -> None:
+    for cell in results["cells"]:
+        cell["method"] = {"sam": "plain"}.get(cell["method"], cell["method"])
+    results |= {"methods": {("plain" if name == "sam" else name): of for name, of in results["methods"].items()}}
+    found = report(results | {"controls": ["plain"], "search": []})
+
+    costs = {row["method"]: row["relative_cost"] for row in found["tables"][0]["rows"]}
+    assert costs["adm"] == 1.0
+    assert 0 < costs["plain"] < 1
 
 
 def test_mistakes_name_value_and_fix(results: dict[str, Any]) -> None:

@@ -277,7 +277,25 @@ def test_where_nothing_has_a_weight_all_are_neutral(settings: dict[str, Any]) ->
     assert weights(seen([0.25, 0.75], [1.0, 1.0]), **settings) == [1.0, 1.0]
 
 
+def test_a_sample_of_no_score_does_not_take_the_whole_window() -> None:
+    assert (
+        weights(seen([0.25, 0.75, NAN], [1.0, 1.0, NAN], [1, 1, 0]), name="self_paced", regulariser="hard") == [1.0] * 3
+    )
+
+
 # -- guards ------------------------------------------------------------------------------------------------------------
+
+
+def test_shares_and_thresholds_are_those_of_the_samples_that_are_not_guarded() -> None:
+    """Mislabelled samples have the lowest ADM: the easiest half of all would be they alone."""
+    what = seen([0.1, 0.2, 0.7, 0.8], [9.0, 9.0, 0.3, 0.2])
+    guard = {"guard": "aside", "guard_weight": 0.125, "guard_from": 0.0, "guard_floor": 0.0}
+    half = {"pacing": "step", "start_share": 0.5}
+
+    assert weights(what, name="pacing", **half) == [1, 1, 0, 0]
+    assert weights(what, name="pacing", **half, **guard) == [0.125, 0.125, 1, 0]
+    assert weights(what, name="pacing", **half, **guard | {"guard": "hardest"}) == [0, 0, 1, 0]
+    assert weights(what, name="self_paced", regulariser="hard", **half, **guard) == [0, 0, 0, 1]  # aside raises nothing
 
 
 @pytest.mark.parametrize(

@@ -324,6 +324,25 @@ def test_measure_is_the_policys(store: ScoreWriter, tmp_path: Path) -> None:
     assert low_share(sampler) == pytest.approx(1 / (1 + math.e), abs=0.02)
 
 
+def test_scores_by_another_measure_than_the_policys_are_refused(tmp_path: Path) -> None:
+    with (
+        ScoreFeed(tmp_path, 40, "adm") as feed,
+        pytest.raises(ConfigError, match="by the measure 'adm', the policy wants 'loss'"),
+    ):
+        CurriculumSampler(40, feed, find_policy("soft", measure="loss"))
+
+
+def test_a_policy_by_name_has_the_samplers_seed() -> None:
+    """So that a random order is another one for each seed."""
+    view = {"order": "random"}
+    percentile_N = (np.arange(40) + 0.5) / 40
+    what = Seen(percentile_N, np.ones(40), np.zeros(40))
+    one, two = (find_policy("soft", seed=seed, **view).weights(what, 0.0) for seed in (1, 2))
+
+    assert sorted(one) == pytest.approx(sorted(two))
+    assert (one != two).any()
+
+
 def test_feed_scores_are_used(store: ScoreWriter, tmp_path: Path) -> None:
     feed = ScoreFeed(tmp_path, 40, refresh_interval_s=3600, newest_version=lambda: 3)
     feed.close()
