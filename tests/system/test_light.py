@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from deploy.bench import QUICKSTART
+from deploy.bench.recovery import QUICKSTART
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from deploy import flat
-from deploy.bench import run_bench
-from deploy.flat import MEANINGS, Study, margin_form, rank_correlation, reference, textbook, told_apart
+from deploy.bench import flat, run_bench
+from deploy.bench.flat import MEANINGS, Study, margin_form, rank_correlation, reference, textbook, told_apart
 from shared.errors import ConfigError
 
 EPSILON = 1 / 16
@@ -112,5 +111,5 @@ def test_a_plot_that_cannot_be_is_refused_before_the_measuring(name: str, plot: 
 
 
 def test_an_unknown_benchmark_lists_the_known() -> None:
-    with pytest.raises(ConfigError, match="no benchmark 'fast'; known: recovery, flat"):
+    with pytest.raises(ConfigError, match="no benchmark 'fast'; known: recovery, flat, store, store-crash"):
         run_bench("fast", 1)
