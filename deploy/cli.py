@@ -264,15 +264,15 @@ def bench(
             help="recovery: kill -9 of the only scorer to rows of its successor. "
             "flat: what still tells samples apart when all losses have become small. "
             "store: commits, refreshes, folds and memory of the score store, beside the disk and other stores. "
-            "store-crash: kill -9 of its writer at random instants."
+            "store-crash: kill -9 of its writer at random instants. store-load: readers beside writer and compactions."
         ),
     ],
     repeats: Annotated[
         int | None,
         typer.Option(
             min=1,
-            show_default="recovery 20, flat 12, store 200, store-crash 1000",
-            help="How often to measure; flat: along one training.",
+            show_default="recovery 20, flat 12, store 200, store-crash 1000, store-load 60",
+            help="How often to measure; flat: along one training; store-load: seconds.",
         ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="flat: draw it too, .png, .svg or .pdf.")] = None,

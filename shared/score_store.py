@@ -139,6 +139,11 @@ class ScoreWriter:
         return self._manifest.version
 
     @property
+    def snapshot_version(self) -> int:
+        """The version that the snapshot holds; 0 before the first."""
+        return self._manifest.base_version
+
+    @property
     def metadata(self) -> Mapping[str, Any]:
         """What the last commit with `metadata` said."""
         return self._manifest.metadata

@@ -63,7 +63,7 @@ class Folder:
         self.path = local_path(uri)
 
     def make(self) -> "Folder":
-        """Create the folder, durably, when it is not there. One that is there may not be durable yet: that is made up."""
+        """Create the folder when it is not there, durably; also one that somebody created and could not make so."""
         missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
         for path in reversed(missing):
             path.mkdir(exist_ok=True)

@@ -52,11 +52,18 @@ def _store_crash() -> Bench:
     return Bench(crash.measure, repeats=1000)
 
 
+def _store_load() -> Bench:
+    from deploy.bench import load
+
+    return Bench(load.measure, repeats=60)
+
+
 BENCHES: dict[str, Callable[[], Bench]] = {  # called for the one that is asked for
     "recovery": _recovery,
     "flat": _flat,
     "store": _store,
     "store-crash": _store_crash,
+    "store-load": _store_load,
 }
 
 

@@ -6,9 +6,7 @@ that was going on; the next writer goes on from there.
 
 import contextlib
 import multiprocessing
-import os
 import random
-import signal
 import sys
 import tempfile
 import time
@@ -80,7 +78,7 @@ def _ids_of(version: int, num_samples: int) -> npt.NDArray[np.int64]:
     return rng.choice(num_samples, size=int(rng.integers(1, num_samples)), replace=False)
 
 
-def _rows(ids: npt.NDArray[np.int64], version: int) -> pa.Table:
+def make_rows(ids: npt.NDArray[np.int64], version: int) -> pa.Table:
     fields = {"sample_id": ids, "model_version": version, "step": version, "margin": float(version)}
     columns = []
     for field in SCORE_SCHEMA:
@@ -94,7 +92,7 @@ def _write_without_end(uri: str, num_samples: int, reports: Connection) -> None:
     writer = ScoreWriter(uri, num_samples, retention=Retention(0), grace_s=GRACE_S)
     while True:
         version = writer.version + 1
-        writer.append(_rows(_ids_of(version, num_samples), version))
+        writer.append(make_rows(_ids_of(version, num_samples), version))
         reports.send(writer.commit())
 
 
@@ -103,8 +101,7 @@ def _kill(writer: multiprocessing.process.BaseProcess, reports: Connection, chan
     for _ in range(chance.randint(1, MOST_COMMITS)):
         reported = int(reports.recv())
     time.sleep(chance.random() * LONGEST_WAIT_S)
-    assert writer.pid is not None
-    os.kill(writer.pid, signal.SIGKILL)
+    writer.kill()
     writer.join()
     with contextlib.suppress(EOFError):
         while True:

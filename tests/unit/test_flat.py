@@ -111,5 +111,5 @@ def test_a_plot_that_cannot_be_is_refused_before_the_measuring(name: str, plot: 
 
 
 def test_an_unknown_benchmark_lists_the_known() -> None:
-    with pytest.raises(ConfigError, match="no benchmark 'fast'; known: recovery, flat, store, store-crash"):
+    with pytest.raises(ConfigError, match="no benchmark 'fast'; known: recovery, flat, store, store-crash, store-load"):
         run_bench("fast", 1)
