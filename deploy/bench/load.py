@@ -1,4 +1,4 @@
-"""`steppe bench store-load`: a writer that commits and compacts without pause, and two readers that check what they see.
+"""`steppe bench store-load`: a writer that commits and compacts without pause, and two readers that check all they see.
 
 Commit number v brings the samples of stripe v mod 16, with v in their margins. So a reader knows what each version must
 hold, whole: of each stripe the last commit up to that version.

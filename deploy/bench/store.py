@@ -182,7 +182,7 @@ def _sqlite(place: str) -> Iterator[Append]:
     connection.execute("pragma synchronous = full")
     columns = ", ".join(SCORE_SCHEMA.names)
     connection.execute(f"create table scores ({columns}, primary key (sample_id)) without rowid")
-    insert = "insert or replace into scores values (" + ", ".join("?" * len(SCORE_SCHEMA.names)) + ")"
+    insert = "insert or replace into scores values (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 
     def append(batch: pa.Table) -> None:
         plain = batch.set_column(3, "scored_at", batch.column("scored_at").cast(pa.int64()))

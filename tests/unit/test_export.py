@@ -11,6 +11,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
@@ -21,6 +23,12 @@ from shared.schema import arrow_file
 from shared.score_store import ScoreWriter
 from tests.rows import make_rows
 
+READERS = {
+    "parquet": pq.read_table,
+    "arrow": lambda path: pa.ipc.open_file(pa.memory_map(str(path))).read_all(),
+    "csv": pyarrow.csv.read_csv,
+    "json": lambda path: pa.Table.from_pylist(json.loads(path.read_text())["scores"]),
+}
 ROOT = Path(__file__).parents[2]
 SUSPECTS = [3, 1]
 COLUMNS = ["sample_id", "key", "label", "predicted", "loss", "margin", "percentile", "adm", "model_version", "step"]
@@ -134,8 +142,42 @@ def test_csv_reads_back_as_the_json_rows(run):
 
     assert [row["key"] for row in rows] == ['a,"[b]3', 'a,"[b]1']
     assert list(rows[0]) == [*COLUMNS, "clean_label"]
-    assert list(csv.DictReader(io.StringIO(text))) == [
-        {name: str(value) for name, value in row.items()} for row in rows
+    for read, row in zip(csv.DictReader(io.StringIO(text)), rows, strict=True):
+        assert read.keys() == row.keys()
+        assert read["key"] == row["key"]
+        assert [float(read[name]) for name in row if name != "key"] == pytest.approx(
+            [value for name, value in row.items() if name != "key"]
+        )
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow", "csv", "json"])
+def test_all_samples_come_with_what_is_known_of_them(run, tmp_path, form):
+    """Sample 2 is unscored: it has nulls, not zeros."""
+    out = tmp_path / f"all.{form}"
+    said = export(run.path, "--out", out)
+    table = READERS[form](out)
+
+    assert said == f"wrote 4 scores to {out}\n"
+    assert table.column("sample_id").to_pylist() == [0, 1, 2, 3]
+    assert table.column("key").to_pylist() == [f'a,"[b]{i}' for i in range(4)]
+    assert table.column("clean_label").to_pylist() == [0, 0, 0, 1]
+    assert table.column("margin").to_pylist() == [-1, 1, None, 2]
+    assert table.column("loss").to_pylist() == pytest.approx([0.3132617, 1.3132617, None, 2.126928])
+    assert table.column("model_version").to_pylist() == [2, 2, None, 2]
+
+
+def test_the_first_samples_are_shown_as_a_table(run):
+    lines = export(run.path, "--limit", 3).splitlines()
+
+    assert [line.split() for line in lines[:4]] == [
+        ["id", "key", "label", "predicted", "loss", "adm", "version"],
+        ["0", 'a,"[b]0', "0", "0", "0.3133", "0.4621", "2"],
+        ["1", 'a,"[b]1', "0", "1", "1.3133", "0.4621", "2"],
+        ["2", 'a,"[b]2', "0", "-", "-", "-", "-"],
+    ]
+    assert lines[4:] == [
+        "3 of 4 samples are scored, at store version 1",
+        "shown: the first 3; more with --limit, all of them with --out FILE",
     ]
 
 
@@ -184,9 +226,9 @@ def test_full_disk_leaves_the_old_file_and_no_other(run, tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ([], "say what to export: --suspects"),
         (["--suspects", "--format", "xml"], "no format 'xml'; known: table, csv, json, arrow"),
         (["--suspects", "--format", "arrow"], "--format arrow is not text; add --out FILE"),
+        (["--format", "parquet"], "--format parquet is not text; add --out FILE"),
         (["--suspects", "--format", "table", "--out", "a.txt"], "for a file choose one of csv, json, arrow"),
         (["--suspects", "--out", "found.txt"], "--out found.txt does not say which format; add --format csv or json"),
         (["--suspects", "--out", "found"], "--out found does not say which format"),
