@@ -38,7 +38,7 @@ class CurriculumConfig(Config):
     measure: str = "adm"
     memory: float | None = Field(default=None, ge=0, lt=1)
     order: Literal["low", "high", "random"] = "low"
-    strength: float = Field(default=1.0, ge=0, le=100)  # beyond, weights leave float64
+    strength: float = Field(default=0.5, ge=0, le=100)  # beyond, weights leave float64
     begin_at: float = Field(default=0.0, ge=0, lt=1)
     hold_until: float = Field(default=0.0, ge=0, le=1)
     fade_until: float = Field(default=0.7, gt=0, le=1)

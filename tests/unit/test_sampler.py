@@ -297,6 +297,9 @@ def store(tmp_path: Path) -> Iterator[ScoreWriter]:
         yield writer
 
 
+LOW_HALF = math.exp(0.5) / (1 + math.exp(0.5))  # of the default curriculum, b = 1/2
+
+
 def low_share(sampler: CurriculumSampler, epochs: int = 40) -> float:
     """Share of the draws of ids 0..29 that are of ids 0..14."""
     ids = np.array([sample_id for _ in range(epochs) for sample_id in sampler])
@@ -304,10 +307,10 @@ def low_share(sampler: CurriculumSampler, epochs: int = 40) -> float:
 
 
 def test_reader_scores_are_used_and_followed(store: ScoreWriter, tmp_path: Path) -> None:
-    """exp(-2 (q - 1/2)) over q = (i + 1/2) / 30: the lower half weighs e / (1 + e) of all. Version 9 ages the rest."""
+    """exp(-2 b (q - 1/2)) over q = (i + 1/2) / 30: the lower half weighs e^b / (1 + e^b). Version 9 ages the rest."""
     sampler = CurriculumSampler(40, ScoreReader(tmp_path / "scores"))
 
-    assert low_share(sampler) == pytest.approx(math.e / (1 + math.e), abs=0.02)
+    assert low_share(sampler) == pytest.approx(LOW_HALF, abs=0.02)
     assert sampler.draws.stale == 0 < sampler.draws.unscored
 
     store.append(make_rows([39], model_version=9))
@@ -321,7 +324,7 @@ def test_measure_is_the_policys(store: ScoreWriter, tmp_path: Path) -> None:
     """Loss falls as log_ratio rises in these rows."""
     sampler = CurriculumSampler(40, ScoreReader(tmp_path / "scores"), find_policy("soft", measure="loss"))
 
-    assert low_share(sampler) == pytest.approx(1 / (1 + math.e), abs=0.02)
+    assert low_share(sampler) == pytest.approx(1 - LOW_HALF, abs=0.02)
 
 
 def test_scores_by_another_measure_than_the_policys_are_refused(tmp_path: Path) -> None:
@@ -349,7 +352,7 @@ def test_feed_scores_are_used(store: ScoreWriter, tmp_path: Path) -> None:
     feed.refresh()
     sampler = CurriculumSampler(40, feed)
 
-    assert low_share(sampler) == pytest.approx(math.e / (1 + math.e), abs=0.02)
+    assert low_share(sampler) == pytest.approx(LOW_HALF, abs=0.02)
 
 
 @pytest.mark.parametrize("form", ["batch_sampler", "sampler"])
@@ -402,7 +405,7 @@ def test_memory_of_the_policy_is_that_of_a_readers_scores(store: ScoreWriter, tm
     store.commit()
     forgetful, mindful = (low_share(sampler) for sampler in samplers)
 
-    assert forgetful == pytest.approx(1 / (1 + math.e), abs=0.02)
+    assert forgetful == pytest.approx(1 - LOW_HALF, abs=0.02)
     assert mindful > 0.6
 
 
@@ -446,7 +449,7 @@ def test_both_forms_have_the_same_expected_gradient_over_an_epoch() -> None:
     by_weight = sum(weighted.loss_weights([i])[0] * gradient_ND[i] for i in weighted)
     by_draws = sum(gradient_ND[i] for _ in range(200) for i in sampled) / 200
 
-    v_N = np.exp(-2 * (graded(40).percentile_N - 0.5))
+    v_N = np.exp(-2 * 0.5 * (graded(40).percentile_N - 0.5))
     np.testing.assert_allclose(by_weight, 40 * v_N @ gradient_ND / v_N.sum(), rtol=1e-12)
     np.testing.assert_allclose(by_draws, by_weight, rtol=0.01)
 

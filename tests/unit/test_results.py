@@ -1,0 +1,31 @@
+"""What the README says of the comparisons is what the committed reports say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from deploy.compare.config import CompareConfig
+from deploy.compare.report import overview, report
+from shared.config import read_config
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "deploy" / "results"
+COMPARISONS = ["small"]
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_the_readmes_table_is_the_reports(name: str) -> None:
+    found = json.loads((RESULTS / name / "report.json").read_text())
+
+    assert found["missing_cells"] == 0
+    assert overview(found).strip() in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", COMPARISONS)
+def test_the_report_is_that_of_the_results_and_these_of_the_configuration(name: str) -> None:
+    results = json.loads((RESULTS / name / "results.json").read_text())
+    config = read_config(CompareConfig, str(ROOT / "deploy" / "configs" / "compare" / f"{name}.toml"), [])
+
+    assert report(results) == json.loads((RESULTS / name / "report.json").read_text())
+    assert results["config"] == config.model_dump(mode="json", by_alias=True)
