@@ -28,6 +28,8 @@ NOT_COVERED = (
     "so this is about repeating the training on these images, not about other images or data sets."
 )
 
+OPTIONAL = ("fidelity", "draws_unscored")  # columns that not every comparison has
+
 Cells = dict[tuple[str, str], dict[int, Mapping[str, Any]]]
 
 
@@ -163,6 +165,7 @@ def _table(results: Mapping[str, Any], cells: Cells, data: str) -> dict[str, Any
                 "relative_cost": summary(ratios).mean,
                 "seconds_per_epoch": _mean_of(mine.values(), "seconds_per_epoch"),
                 "fidelity": _mean_of(mine.values(), "fidelity"),
+                "draws_unscored": _mean_of(mine.values(), "draws_unscored"),
             }
         )
     return {"data": data, "data_label": _label(results, "data", data), "rows": rows}
@@ -238,7 +241,7 @@ def _notes(results: Mapping[str, Any]) -> dict[str, str]:
     if any(cell.get("fidelity") is not None for cell in results["cells"]):
         notes["tables"] += (
             " Fidelity is the rank correlation of scores with those of the newest weights, which are about to replace "
-            "them, where a run measured it."
+            "them, where a run measured it. Unscored are draws without a score to go by."
         )
     if results["controls"]:
         notes["differences"] = (
@@ -308,10 +311,9 @@ def _table_section(table: Mapping[str, Any]) -> _Section:
         ("cost", "relative_cost", ".2f"),
         ("s / epoch", "seconds_per_epoch", ".2f"),
         ("fidelity", "fidelity", ".3f"),
+        ("unscored", "draws_unscored", ".0%"),
     )
-    shown = [
-        one for one in columns if one[1] != "fidelity" or any(row["fidelity"] is not None for row in table["rows"])
-    ]
+    shown = [one for one in columns if one[1] not in OPTIONAL or any(row[one[1]] is not None for row in table["rows"])]
     rows = [
         [row["label"], str(row["n"]), *(_number(row[key], form) for _, key, form in shown)] for row in table["rows"]
     ]

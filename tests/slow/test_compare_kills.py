@@ -159,7 +159,7 @@ def test_an_error_in_a_cell_is_told_by_its_name(start: Start) -> None:
 @pytest.mark.parametrize("cores", [1, 2])
 def test_scorers_beside_the_training(start: Start, tmp_path: Path, cores: int) -> None:
     """Each cell has its own cluster, and leaves none of it; SAM's cells have no equal compute to reckon with."""
-    comparison = start(f"--cores={cores}", "--json", epochs=3, mode="async")
+    comparison = start(f"--cores={cores}", "--json", epochs=60, mode="async")
     seen = 0
     while comparison.process.poll() is None:
         seen = max(seen, len(comparison.processes()))
@@ -168,7 +168,7 @@ def test_scorers_beside_the_training(start: Start, tmp_path: Path, cores: int) -
 
     assert code == 0, err
     assert json.loads(out)["missing_cells"] == 0
-    assert outcomes(comparison.folder)["digits", "adm", 1000][2] > 3 * 400 * 6
+    assert outcomes(comparison.folder)["digits", "adm", 1000][2] > 60 * 400 * 6
     assert seen > cores + 3  # Ray's were there
     ended(comparison)
 

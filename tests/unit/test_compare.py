@@ -344,8 +344,7 @@ def test_candidate_controls_and_labels_may_change_afterwards(trained: Any, tmp_p
     [
         ("async", {}, None),
         ("async", {"coverage": 0.5}, "50% of the samples were scored"),
-        ("async", {"draws_unscored": 0.9}, "90% of the draws had no score"),
-        ("off", {"coverage": 0.0, "draws_unscored": 1.0}, None),
+        ("off", {"coverage": 0.0}, None),
         ("every_epoch", {"scored_rows": 200}, None),
         ("every_epoch", {"scored_rows": 199}, "199 of 200 rows were scored"),
         ("every_epoch", {"scored_rows": 150, "quarantined_rows": 50}, None),
@@ -369,7 +368,6 @@ def test_a_training_without_its_scores_is_no_result(
     config = RunConfig.model_validate({"scoring": {"mode": mode}, "train": {"epochs": 3}})
     summary = {
         "coverage": 1.0,
-        "draws_unscored": 0.1,
         "scored_rows": 0,
         "quarantined_rows": 0,
         "run_folder": str(tmp_path),
