@@ -31,7 +31,14 @@ QUARANTINE_SCHEMA = SCORE_SCHEMA.append(pa.field("reason", pa.string()))
 
 def arrow_file(rows: pa.Table) -> pa.Buffer:
     """The bytes of an Arrow IPC file that holds `rows` as one record batch."""
-    sink = pa.BufferOutputStream()
+    rows = rows.combine_chunks()
+    size = pa.MockOutputStream()  # a buffer that grows would be copied again and again
+    _write(size, rows)
+    buffer = pa.allocate_buffer(size.size())
+    _write(pa.FixedSizeBufferWriter(buffer), rows)
+    return buffer
+
+
+def _write(sink: pa.NativeFile, rows: pa.Table) -> None:
     with pa.ipc.new_file(sink, rows.schema) as file:
-        file.write_table(rows.combine_chunks())
-    return sink.getvalue()
+        file.write_table(rows)

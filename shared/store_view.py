@@ -118,9 +118,12 @@ class StoreView:
         if not len(self.overlay.id_R):
             return self.base
         base_id = column_array(self.base, "sample_id")
-        is_in_base_R = positions(base_id, self.overlay.id_R) >= 0
-        ids = np.insert(base_id, np.searchsorted(base_id, new := self.overlay.id_R[~is_in_base_R]), new)
-        at_base = slice(None) if len(ids) == len(base_id) else np.searchsorted(ids, base_id)
+        at_base: slice | Ids = slice(None)
+        new_id = self.overlay.id_R[positions(base_id, self.overlay.id_R) < 0]
+        ids = base_id
+        if len(new_id):
+            ids = np.insert(base_id, np.searchsorted(base_id, new_id), new_id)
+            at_base = np.searchsorted(ids, base_id)
         at_R = positions(ids, self.overlay.id_R)
 
         def folded(field: pa.Field) -> pa.Array:

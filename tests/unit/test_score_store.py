@@ -822,10 +822,15 @@ class AgainstADict(RuleBasedStateMachine):
         super().__init__()
         self._folder = tempfile.TemporaryDirectory()
         self.uri = Path(self._folder.name)
-        self.writer, self.reader = ScoreWriter(self.uri, 2), ScoreReader(self.uri)
+        self.writer = self.open()
+        self.reader = ScoreReader(self.uri)
         self.pending: list[tuple[int, int, float]] = []
+        self.rows: dict[tuple[int, int], float] = {}  # (sample_id, model_version) -> margin, of all that is committed
         self.history: list[Latest] = [{}]  # by store version
         self.seen = 0
+
+    def open(self) -> ScoreWriter:
+        return ScoreWriter(self.uri, 2, retention=Retention(keep_all=True), grace_s=0.0)
 
     def teardown(self) -> None:
         self._folder.cleanup()
@@ -853,13 +858,14 @@ class AgainstADict(RuleBasedStateMachine):
         assert version - len(self.history) + 1 in ((0,) if known else (1,) if now != before else (0, 1))
         if version == len(self.history):
             self.history.append(now)
+        self.rows |= {row[:2]: row[2] for row in self.pending}
         self.pending = []
         self.check()
 
     @rule()
     def reopen(self) -> None:
         """A successor; what the old writer had not committed is lost with it."""
-        old, self.writer = self.writer, ScoreWriter(self.uri, 2)
+        old, self.writer = self.writer, self.open()
         if self.pending and any(self.history[-1].get(row[0]) != row[1:] for row in self.pending):
             with pytest.raises(Fenced):
                 old.commit()
@@ -889,6 +895,11 @@ class AgainstADict(RuleBasedStateMachine):
             changes = latest(reader.changes(version))
             assert changes.items() <= self.history[-1].items()
             assert changes.items() >= self.history[-1].items() - expected.items()
+        for sample_id in (0, 1):
+            rows = reader.history(sample_id)
+            expected = {version: margin for (i, version), margin in sorted(self.rows.items()) if i == sample_id}
+            assert dict(zip(rows["model_version"].to_pylist(), rows["margin"].to_pylist(), strict=True)) == expected
+            assert rows["model_version"].to_pylist() == list(expected)
 
 
 TestAgainstADict = AgainstADict.TestCase
