@@ -19,6 +19,7 @@ from shared.datasets import FETCHED, Dataset, fetched, load_dataset
 from shared.errors import ConfigError, DatasetMissing
 from shared.freshness import DEFAULT_BOUND_PASSES, DEFAULT_BOUND_VERSIONS
 from shared.storage import local_path
+from trainer.config import CurriculumConfig
 
 if TYPE_CHECKING:
     import torch
@@ -108,6 +109,7 @@ def reckon(config: RunConfig, measured: Measured) -> dict[str, Any]:
     versions = None if pass_seconds is None else pass_seconds / between
     return {
         "data": config.data.name,
+        "curriculum": _curriculum(config.train.curriculum),
         "num_samples": num_samples,
         "model_parameters": measured.model_parameters,
         "steps": epochs * epoch_steps,
@@ -122,6 +124,14 @@ def reckon(config: RunConfig, measured: Measured) -> dict[str, Any]:
         "versions_per_pass": versions,
         "staleness_bound": max(DEFAULT_BOUND_VERSIONS, DEFAULT_BOUND_PASSES * math.ceil(versions or 0)),
     }
+
+
+def _curriculum(config: CurriculumConfig) -> str:
+    """What of its settings counts."""
+    by = {"uniform": "", "self_paced": f" by the loss, {config.regulariser}"}
+    words = config.name + by.get(config.name, f" by {config.measure}, {config.order} first")
+    guard = f"guard {config.guard} from {config.guard_from:.0%} on" if config.guard != "none" else "no guard"
+    return f"{words}; {guard}; {config.form}"
 
 
 def would_start(config: RunConfig, measured: Measured) -> list[dict[str, Any]]:
@@ -147,6 +157,7 @@ def print_plan(plan: dict[str, Any]) -> None:
     print_facts(
         {
             "data": f"{plan['data']}, {plan['num_samples']:,} samples in {plan['blocks']:,} blocks",
+            "curriculum": plan["curriculum"],
             "model": f"{plan['model_parameters']:,} parameters",
             "scorer, measured alone": f"{plan['scorer_samples_per_second']:,.0f} samples/s on {plan['scorer_device']}",
             "trainer, measured alone": f"{plan['trainer_steps_per_second']:,.1f} steps/s on {plan['trainer_device']}",

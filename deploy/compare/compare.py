@@ -144,10 +144,10 @@ class _Comparison:
             of, chosen, search, images = (committed[key] for key in ("of", "chosen", "search", "fingerprints"))
         except KeyError as error:
             raise ConfigError(f"{path} is not of a comparison: it lacks {error}; take another --folder") from error
-        if changed := [key for key, value in self._what().items() if of.get(key) != value]:
+        if changed := _differences(of, self._what()):
             raise ConfigError(
-                f"{path} was chosen for another {', '.join(changed)}; take another --folder, so that no test result "
-                "decides a setting"
+                f"{path} was chosen with {'; '.join(changed)}; take another --folder, so that no test result decides a "
+                "setting"
             )
         if fingerprints is not None and (others := [data for data in images if fingerprints.get(data) != images[data]]):
             raise ConfigError(
@@ -331,6 +331,15 @@ def epochs_for(cost: float, config: RunConfig, num_samples: int) -> int:
     drawn = num_samples * (6 if config.train.sam.rho else 3)
     scored = num_samples * config.scoring.attack.forward_equivalents if config.scoring.mode == "every_epoch" else 0
     return max(round((cost + scored) / (drawn + scored)), 1)
+
+
+def _differences(before: Any, now: Any, name: str = "") -> list[str]:
+    """What differs between two configurations, by dotted names: `search_seeds = 3, not 2`."""
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return [] if before == now else [f"{name} = {json.dumps(before)}, not {json.dumps(now)}"]
+    keys = dict.fromkeys((*before, *now))
+    prefix = f"{name}." if name else ""
+    return [text for key in keys for text in _differences(before.get(key), now.get(key), f"{prefix}{key}")]
 
 
 @contextlib.contextmanager

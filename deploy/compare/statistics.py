@@ -14,7 +14,7 @@ from scipy.special import gammainccinv, gammaincinv, gammaln, ndtr, stdtr, stdtr
 from shared.errors import ConfigError, DataError
 
 QUADRATURE = np.polynomial.legendre.leggauss(128)
-AHEAD, BEHIND, NOT_SHOWN = "ahead", "behind", "no difference shown"
+AHEAD, BEHIND, NOT_SHOWN, NOT_TESTED = "ahead", "behind", "no difference shown", "not tested"
 LEVEL = 0.95
 POWER = 0.8
 MOST_SEEDS = 1_000_000
@@ -115,7 +115,7 @@ def simultaneous(pairs: Sequence[tuple[Sequence[float], Sequence[float]]], level
     family = []
     for (a, b), one, p_holm in zip(pairs, alone, adjusted, strict=True):
         wide = paired(a, b, 1 - (1 - level) / len(pairs))
-        verdict = _verdict(one.mean, p_holm, 1 - level)
+        verdict = NOT_TESTED if one.p is None else _verdict(one.mean, p_holm, 1 - level)
         family.append(Simultaneous(one, wide.low, wide.high, None if one.p is None else p_holm, verdict))
     return family
 

@@ -15,7 +15,7 @@ from deploy.compare.report import (
     to_markdown,
     to_text,
 )
-from deploy.compare.statistics import AHEAD, BEHIND, NOT_SHOWN
+from deploy.compare.statistics import AHEAD, BEHIND, NOT_TESTED
 from shared.errors import DataError
 
 SAM = [0.80, 0.81, 0.82, 0.83]
@@ -145,7 +145,7 @@ def test_equivalence_is_told_per_data_set(results: dict[str, Any]) -> None:
 def test_a_run_that_has_just_begun_claims_nothing(results: dict[str, Any]) -> None:
     answer = report(results | {"cells": [], "search": [], "seeds": [100]})
 
-    assert {NOT_SHOWN} == {one["verdict"] for one in answer["differences"]}
+    assert {NOT_TESTED} == {one["verdict"] for one in answer["differences"]}
     assert {None} == {one[key] for one in answer["differences"] for key in ("mean", "low", "p", "p_holm")}
     assert "Unfinished: 6 of 6 cells are missing." in to_text(answer)
 
@@ -212,7 +212,7 @@ def test_where_a_seed_diverged_nothing_is_claimed(results: dict[str, Any]) -> No
     found = report(results)
 
     easy, hard = found["differences"]
-    assert (easy["n"], easy["mean"], easy["verdict"]) == (0, None, NOT_SHOWN)
+    assert (easy["n"], easy["mean"], easy["verdict"]) == (0, None, NOT_TESTED)
     assert hard["verdict"] == BEHIND
     assert found["equivalences"][0]["holds"] is False
     assert "Diverged, and in no mean: easy adm seed 104." in to_text(found)

@@ -10,6 +10,7 @@ from deploy.compare.statistics import (
     AHEAD,
     BEHIND,
     NOT_SHOWN,
+    NOT_TESTED,
     Equivalence,
     Paired,
     Summary,
@@ -129,7 +130,7 @@ def test_pairs_not_yet_tested_count_in_the_family() -> None:
     assert tested.p_holm == pytest.approx(2 * stats.ttest_rel(up, zero).pvalue)
     assert tested.verdict == NOT_SHOWN
     assert waiting.p_holm is None
-    assert waiting.verdict == NOT_SHOWN
+    assert waiting.verdict == NOT_TESTED
 
 
 def test_equivalence_by_hand_from_a_table_of_t() -> None:
