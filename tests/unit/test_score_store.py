@@ -377,6 +377,21 @@ os._exit(9)
         ("after the manifest", {0: 1, 1: 2, 2: 2}),
     ],
 )
+def test_writer_that_slept_takes_its_late_manifest_back(tmp_path: Path) -> None:
+    """Its place is free again, since its successor went on and removed what lay there; a higher generation says no."""
+    first = ScoreWriter(tmp_path, N)
+    first.append(make_rows([0], 9))
+    second = ScoreWriter(tmp_path, N)
+    for version in range(1, store_files.SUPERSEDED_MANIFESTS_KEPT + 4):
+        commit(second, [1], version)
+    assert "000000000002.json" not in names(tmp_path, "manifests")
+
+    with pytest.raises(Fenced):
+        first.commit()
+    assert "000000000002.json" not in names(tmp_path, "manifests")
+    assert read(tmp_path).keys() == {1}
+
+
 def test_writer_that_dies_loses_uncommitted_rows_only(tmp_path: Path, moment: str, versions: dict[int, int]) -> None:
     child = subprocess.run([sys.executable, "-c", DYING_WRITER, tmp_path, moment], check=False, timeout=60)
     assert child.returncode == 9
@@ -727,6 +742,64 @@ def test_time_travel_reaches_as_far_as_keep_versions_says(tmp_path: Path) -> Non
     assert [latest(reader.table(v))[0][0] for v in range(8, 13)] == [8, 9, 10, 11, 12]
     with pytest.raises(StoreError, match="no longer kept"):
         reader.table(2)
+
+
+@pytest.mark.parametrize(
+    ("retention", "kept"),
+    [
+        (Retention(keep_last=0), {12}),
+        (Retention(keep_last=3), {9, 10, 11, 12}),
+        (Retention(keep_last=0, keep_every=5), {5, 10, 12}),
+        (Retention(keep_all=True), set(range(13))),
+    ],
+    ids=["newest", "last three", "every fifth", "all"],
+)
+def test_retention_keeps_what_it_says(tmp_path: Path, retention: Retention, kept: set[int]) -> None:
+    """Compacted after every second commit; neighbours in the same snapshot's reach may stay too."""
+    writer = ScoreWriter(tmp_path, N, retention=retention, grace_s=0.0)
+    for version in range(1, 13):
+        commit(writer, [0], version)
+        if version % 2 == 0:
+            writer.compact()
+    reader = ScoreReader(tmp_path)
+
+    readable = set()
+    for version in range(13):
+        with contextlib.suppress(StoreError):
+            assert latest(reader.table(version)) == ({0: (version, -1.0)} if version else {})
+            readable.add(version)
+    assert kept <= readable
+    assert len(readable) <= 2 * len(kept) + 1
+    history = reader.history(0)["model_version"].to_pylist()
+    assert history == sorted(set(history))
+    assert set(history) >= kept - {0}
+
+
+def test_retention_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ConfigError, match="keep_last is -1, keep_every 0; both must be at least 0"):
+        Retention(keep_last=-1)
+
+
+def test_files_that_nothing_names_stay_for_the_grace_period(tmp_path: Path) -> None:
+    writer = ScoreWriter(tmp_path, N, retention=Retention(0), grace_s=0.2)
+    commit(writer, [0])
+    writer.compact()
+    assert len(names(tmp_path, "fragments")) == 1
+    time.sleep(0.25)
+    writer.compact()
+
+    assert names(tmp_path, "fragments") == set()
+
+
+def test_manifests_do_not_pile_up(tmp_path: Path) -> None:
+    """Not those of commits, and not those of notes alone."""
+    writer = ScoreWriter(tmp_path, N)
+    for note in range(30):
+        writer.commit({"note": note})
+        commit(writer, [note % N], note + 1)
+
+    assert len(names(tmp_path, "manifests")) <= store_files.SUPERSEDED_MANIFESTS_KEPT + 1
+    assert ScoreReader(tmp_path).metadata == {"note": 29}
 
 
 @pytest.mark.parametrize("folder", ["", "fragments", "snapshots", "manifests"])
