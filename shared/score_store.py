@@ -52,7 +52,7 @@ import pyarrow as pa
 from shared.errors import ConfigError, DataError, Fenced, StoreCorrupt, StoreError, StoreMismatch
 from shared.schema import SCORE_SCHEMA
 from shared.store_files import FRAGMENTS, SNAPSHOTS, Anchor, Manifest, Part, StoreFiles
-from shared.store_view import NOTHING, StoreView, column_array
+from shared.store_view import NOTHING, StoreView, column_array, last_rows
 
 logger = logging.getLogger(__name__)
 
@@ -447,9 +447,8 @@ class ScoreReader:
                 rows = self._store.read_part(kind, part)
                 found.append(rows.take(pa.array(np.flatnonzero(column_array(rows, "sample_id") == sample_id))))
         rows = pa.concat_tables(found)
-        order = np.lexsort((column_array(rows, "store_version"), column_array(rows, "model_version")))
-        versions = column_array(rows, "model_version")[order]
-        return rows.take(pa.array(order[np.append(versions[1:] != versions[:-1], [True] * (len(order) > 0))]))
+        *_, kept = last_rows(column_array(rows, "model_version"), column_array(rows, "store_version"))
+        return rows.take(pa.array(kept))
 
     def _at(self, version: int) -> StoreView:
         view = self._view

@@ -348,6 +348,21 @@ def test_fence_holds_after_the_successor_removed_old_manifests(tmp_path: Path) -
     assert read(tmp_path).keys() == {1, 2}
 
 
+def test_writer_that_slept_takes_its_late_manifest_back(tmp_path: Path) -> None:
+    """Its place is free again, since its successor went on and removed what lay there; a higher generation says no."""
+    first = ScoreWriter(tmp_path, N)
+    first.append(make_rows([0], 9))
+    second = ScoreWriter(tmp_path, N)
+    for version in range(1, store_files.SUPERSEDED_MANIFESTS_KEPT + 4):
+        commit(second, [1], version)
+    assert "000000000002.json" not in names(tmp_path, "manifests")
+
+    with pytest.raises(Fenced):
+        first.commit()
+    assert "000000000002.json" not in names(tmp_path, "manifests")
+    assert read(tmp_path).keys() == {1}
+
+
 DYING_WRITER = """
 import os, sys
 from shared.score_store import ScoreWriter
@@ -377,21 +392,6 @@ os._exit(9)
         ("after the manifest", {0: 1, 1: 2, 2: 2}),
     ],
 )
-def test_writer_that_slept_takes_its_late_manifest_back(tmp_path: Path) -> None:
-    """Its place is free again, since its successor went on and removed what lay there; a higher generation says no."""
-    first = ScoreWriter(tmp_path, N)
-    first.append(make_rows([0], 9))
-    second = ScoreWriter(tmp_path, N)
-    for version in range(1, store_files.SUPERSEDED_MANIFESTS_KEPT + 4):
-        commit(second, [1], version)
-    assert "000000000002.json" not in names(tmp_path, "manifests")
-
-    with pytest.raises(Fenced):
-        first.commit()
-    assert "000000000002.json" not in names(tmp_path, "manifests")
-    assert read(tmp_path).keys() == {1}
-
-
 def test_writer_that_dies_loses_uncommitted_rows_only(tmp_path: Path, moment: str, versions: dict[int, int]) -> None:
     child = subprocess.run([sys.executable, "-c", DYING_WRITER, tmp_path, moment], check=False, timeout=60)
     assert child.returncode == 9
