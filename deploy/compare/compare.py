@@ -30,7 +30,6 @@ from shared.datasets import load_dataset
 from shared.errors import ConfigError, RunError, SteppeError
 from shared.storage import Folder
 
-
 Train = Callable[[str, Sequence[Cell]], None]  # what it is called, and all cells of it
 Chosen = dict[str, dict[str, Settings]]  # data set -> method -> the settings it ended up with
 

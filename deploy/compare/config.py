@@ -17,7 +17,7 @@ def _is_plain(value: Any) -> Any:
 Setting = Annotated[Any, AfterValidator(_is_plain)]
 
 DECIDED = {  # settings of a run that are not for the configuration to choose
-    "train.seed": "seeds are counted from 0 in the search and from first_seed in the final runs; see seeds, search_seeds",
+    "train.seed": "seeds count from 0 in the search and from first_seed in the final runs; see seeds, search_seeds",
     "data.noise_seed": "it is the training's seed; see seeds, search_seeds",
     "data.validation": "only the search holds images out; set validation of the data set",
 }
