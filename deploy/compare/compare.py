@@ -30,8 +30,6 @@ from shared.datasets import load_dataset
 from shared.errors import ConfigError, RunError, SteppeError
 from shared.storage import Folder
 
-FIRST_FINAL_SEED = 1000
-
 Train = Callable[[str, Sequence[Cell]], None]  # what it is called, and all cells of it
 Chosen = dict[str, dict[str, Settings]]  # data set -> method -> the settings it ended up with
 
@@ -110,7 +108,7 @@ class _Comparison:
                     tried = [trial for trial in self._trials(data, method, {data: first}) if trial.cell.seed == 0]
                     inherited = self._inherited(data, self._config.method[method], {data: first})
                     first[method] = inherited | tried[0].searched
-                    final = self._cell(data, method, FIRST_FINAL_SEED, first[method])
+                    final = self._cell(data, method, self._config.first_seed, first[method])
                     for cell in (final, *(trial.cell for trial in tried if trial.searched)):
                         self._check_cell(cell)
                 except SteppeError as error:
@@ -167,14 +165,20 @@ class _Comparison:
 
     def _claims(self) -> dict[str, Any]:
         """What is to be said of the final runs: committed with the settings, before any of them is made."""
-        return self._config.model_dump(mode="json", include={"candidate", "controls", "equivalences", "seeds"})
+        return self._config.model_dump(
+            mode="json", include={"candidate", "controls", "equivalences", "first_seed", "seeds"}
+        )
 
     def _changed(self) -> list[str]:
         """The claims that are not those that were committed."""
         committed = (self._read("settings.json") or {}).get("claims")
         if committed is None:  # of an older steppe
             return []
-        return [f"{key} ({committed[key]}, now {now})" for key, now in self._claims().items() if now != committed[key]]
+        return [
+            f"{key} ({committed[key]}, now {now})"
+            for key, now in self._claims().items()
+            if now != committed.get(key, now)
+        ]
 
     def _search(self, fingerprints: dict[str, str], train: Train) -> tuple[Chosen, list[dict[str, Any]]]:
         """Search, and commit to what is found."""
@@ -240,7 +244,7 @@ class _Comparison:
         """The final cells of these methods, but for those whose epochs are not settled."""
         epochs: dict[str, dict[str, int]] = self._read("epochs.json") or {}
         cells = []
-        for seed in range(FIRST_FINAL_SEED, FIRST_FINAL_SEED + self._config.seeds):
+        for seed in self._config.final_seeds:
             for data, method in itertools.product(self._config.data, stage):
                 settings = chosen[data][method]
                 if self._config.method[method].equal_compute:
@@ -261,7 +265,7 @@ class _Comparison:
             known = [cost for cost in costs if cost is not None]
             if not known:
                 raise ConfigError(f"all runs of {model} on {data} diverged, so {method} has no cost to be equal to")
-            cell = self._cell(data, method, FIRST_FINAL_SEED, chosen[data][method])
+            cell = self._cell(data, method, self._config.first_seed, chosen[data][method])
             epochs[data][method] = epochs_for(statistics.fmean(known), cell.config, self._load(cell)[0])
             self._folder.put("epochs.json", json.dumps(epochs, indent=1).encode())
 
@@ -289,7 +293,7 @@ class _Comparison:
             "equivalences": [pair.model_dump() for pair in config.equivalences],
             "methods": {name: {"label": spec.label or name} for name, spec in config.method.items()},
             "data": {name: {"label": spec.label or name} for name, spec in config.data.items()},
-            "seeds": list(range(FIRST_FINAL_SEED, FIRST_FINAL_SEED + config.seeds)),
+            "seeds": list(config.final_seeds),
             "chosen": chosen,
             "search": search,
             "cells": [facts for cell in finals if (facts := self._facts(cell))],

@@ -17,7 +17,7 @@ def _is_plain(value: Any) -> Any:
 Setting = Annotated[Any, AfterValidator(_is_plain)]
 
 DECIDED = {  # settings of a run that are not for the configuration to choose
-    "train.seed": "seeds are counted from 0 in the search and from 1000 in the final runs; see seeds, search_seeds",
+    "train.seed": "seeds count from 0 in the search and from first_seed in the final runs; see seeds, search_seeds",
     "data.noise_seed": "it is the training's seed; see seeds, search_seeds",
     "data.validation": "only the search holds images out; set validation of the data set",
 }
@@ -57,19 +57,25 @@ class EquivalenceSpec(Config):
 class CompareConfig(Config):
     """Methods x data sets x seeds. `base` holds the sections of a run that all of them share.
 
-    `candidate` is compared with each of `controls`. Seeds of the search are 0, 1, ...; those of the final runs 1000,
-    1001, ...: no run that chose a setting is among those that are reported.
+    `candidate` is compared with each of `controls`. Seeds of the search are 0, 1, ...; those of the final runs begin
+    with `first_seed`: no run that chose a setting is among those that are reported. What one comparison found is
+    tested anew by another with a `first_seed` beyond its seeds.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9_-]+$")
     candidate: str
     controls: list[str] = Field(min_length=1)
     equivalences: list[EquivalenceSpec] = Field(default_factory=list)
+    first_seed: int = Field(default=1000, ge=1000)
     seeds: int = Field(default=8, ge=2, le=1000)
     search_seeds: int = Field(default=3, ge=1, le=1000)
     base: dict[str, Any] = Field(default_factory=dict)
     data: dict[str, DataSpec] = Field(min_length=1)
     method: dict[str, MethodSpec] = Field(min_length=2)
+
+    @property
+    def final_seeds(self) -> range:
+        return range(self.first_seed, self.first_seed + self.seeds)
 
     @model_validator(mode="after")
     def _names_exist(self) -> "CompareConfig":

@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -74,12 +75,13 @@ class Workers:
                 waiting.remove(task)
                 self._idle().begin(task)
             pipes = {worker.pipe: worker for worker in self._busy()}
-            for pipe in multiprocessing.connection.wait(list(pipes), LOOK_INTERVAL_S):
+            ready = multiprocessing.connection.wait(list(pipes), LOOK_INTERVAL_S)
+            self._interrupted.check()  # first: a signal to all ends the processes too, which is no failure then
+            for pipe in ready:
                 worker = pipes[pipe]  # type: ignore[index]
                 task = worker.task
                 self._end_task(worker)
                 on_done(task)
-            self._interrupted.check()
 
     def _next(self, waiting: Sequence[T], cores: int) -> T | None:
         used = sum(worker.task.slots for worker in self._busy())
@@ -92,7 +94,8 @@ class Workers:
         for worker in self._workers:
             if worker.task is None:
                 return worker
-        self._workers.append(_Worker(self._work, self._log))
+        with self._interrupted.deferred():  # half started, it would complain on the terminal
+            self._workers.append(_Worker(self._work, self._log))
         return self._workers[-1]
 
     def _end_task(self, worker: "_Worker") -> None:
@@ -130,6 +133,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(theirs, work, str(log)), daemon=True)
+        resource_tracker.ensure_running()  # `start` would do that too, and let SIGINT through again
         with _sigint_held():
             self.process.start()
         theirs.close()

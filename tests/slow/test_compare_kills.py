@@ -76,11 +76,12 @@ def test_a_signal_to_all_ends_in_order(start: Start, number: signal.Signals) -> 
     ended(comparison)
 
 
-def test_a_signal_while_processes_start(start: Start) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_processes_start(start: Start, number: signal.Signals) -> None:
     """Before they do anything of ours: what they say then would be on the terminal."""
     comparison = start(epochs=2000)
     wait_for(comparison.processes, 60, "a process")
-    os.killpg(comparison.process.pid, signal.SIGINT)
+    os.killpg(comparison.process.pid, number)
     code, _, err = comparison.finish(30)
 
     assert code == 130

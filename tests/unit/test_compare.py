@@ -128,7 +128,7 @@ def test_toml_is_read_with_set_and_nested_sections(tmp_path: Path) -> None:
         ({"method": methods(x={"sett": {}})}, "method.x.sett: unknown setting; did you mean method.x.set?"),
         ({"method": methods(x={"search": {"train.sam.rho": []}})}, "must name at least 1"),
         ({"method": methods(x={"set": {"train.sam.rho": [1]}})}, r"method.x.set.train.sam.rho: \[1\] must be"),
-        ({"method": methods(x={"set": {"train.seed": 3}})}, "method.x sets train.seed, but seeds are counted"),
+        ({"method": methods(x={"set": {"train.seed": 3}})}, "method.x sets train.seed, but seeds count from"),
         ({"method": methods(x={"search": {"data.validation": [3]}})}, "method.x sets data.validation, but only the"),
         ({"base": {"data": {"noise_seed": 3}}}, "base sets data.noise_seed"),
         ({"data": {"digits": {"validation": 9, "set": {"data.validation": 5}}}}, "data.digits sets data.validation"),
