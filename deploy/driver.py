@@ -256,10 +256,12 @@ class _News:
             return None
         scores = scoring.scores
         fresh, median_age = scores.view().fresh_share_and_median_age(scores.newest_version())
+        status = scoring.status()
         return dataclasses.asdict(progress) | {
             "fresh": fresh,
             "median_age": median_age,
-            "samples_per_second": scoring.status().get("samples_per_second"),
+            "samples_per_second": status.get("samples_per_second"),
+            "fidelity": (status.get("fidelity") or {}).get("latest"),
         }
 
 

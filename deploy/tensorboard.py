@@ -17,6 +17,7 @@ CURVES = {
     "accuracy": "test/accuracy",
     "fresh": "scores/fresh_share",
     "median_age": "scores/median_age_versions",
+    "fidelity": "scores/fidelity",
     "samples_per_second": "scorers/samples_per_second",
 }
 

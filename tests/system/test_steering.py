@@ -194,7 +194,7 @@ def test_shadow_mode_scores_and_trains_uniformly(start: Any) -> None:
     assert {file.stem for file in (run.folder / "logs").iterdir()} == {"driver", "controller", "rest", "scorer-1"}
     assert all(file.stat().st_size for file in (run.folder / "logs").iterdir())
     curves = EventAccumulator(str(run.folder / "tensorboard")).Reload()
-    assert {"train/loss", "test/accuracy", "scores/fresh_share"} <= set(curves.Tags()["scalars"])
+    assert {"train/loss", "test/accuracy", "scores/fresh_share", "scores/fidelity"} <= set(curves.Tags()["scalars"])
     happened = [event["event"] for event in read_events(run.folder)]
     assert happened[0] == "started"
     assert happened[-1] == "finished"
