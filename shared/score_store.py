@@ -7,12 +7,13 @@ Format 2, in full (`<store>` is a run's `scores/`):
     fragments/<name>.arrow        Arrow IPC file, SCORE_SCHEMA: the rows of one commit, in any order
     snapshots/<name>.arrow        Arrow IPC file, SNAPSHOT_SCHEMA: the latest row of each scored sample, by sample_id
 
-**A manifest** has two lines: a JSON object, and the SHA-256 of the first line's bytes in hex. The object:
+**A manifest** has two lines: a JSON object, and the checksum (XXH3, 128 bits, in hex) of its bytes. The object:
 
     format, generation            this format; as in the file's name
     version, rows                 number of commits of rows so far, 0 before the first; and of their rows
     writer, committed_at          which writer's; when this version was committed (ISO 8601, UTC)
-    snapshot, fragments           {name, rows, bytes, sha256, version} or null; a list of such, by rising version
+    snapshot, fragments           {name, rows, bytes, xxh3_128, version} or null; a list of such, by rising version;
+                                  xxh3_128 is the checksum of the file
     earlier                       [{generation, first, last}]: kept manifests, each for versions first..last
     metadata                      an object of the writer's
 
@@ -256,8 +257,8 @@ class ScoreWriter:
             fragments=(*self._manifest.fragments, part),
             metadata=dict(self._manifest.metadata if metadata is None else metadata),
         )
-        ids = column_array(rows, "sample_id")
-        np.maximum.at(self._latest_version_N, ids, column_array(rows, "model_version"))
+        ids, versions, _ = last_rows(column_array(rows, "sample_id"), column_array(rows, "model_version"))
+        self._latest_version_N[ids] = np.maximum(self._latest_version_N[ids], versions)
 
     def _advance(self, after: Callable[[], None] | None = None, **changes: Any) -> None:
         manifest = dataclasses.replace(self._manifest, generation=self._manifest.generation + 1, **changes)

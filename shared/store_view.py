@@ -157,7 +157,7 @@ class StoreView:
             in_base = in_base[positions(self.overlay.id_R, column_array(self.base, "sample_id")[in_base]) < 0]
         ids = np.concatenate([column_array(self.base, "sample_id")[in_base], self.overlay.id_R[is_newer_R]])
         rows = np.concatenate([in_base, self.overlay.row_R[is_newer_R] + self.base.num_rows])
-        return _take([self.base, *self.overlay.tables], rows[np.argsort(ids, kind="stable")])
+        return _take([self.base, *self.overlay.tables], rows[stable_order(ids)])
 
     def dense(self, column: str) -> npt.NDArray[Any]:
         """One column by sample_id, shape [N]; see `ScoreReader.dense`."""
@@ -200,13 +200,26 @@ def positions(sorted_id_R: Ids, ids: Ids) -> Ids:
 def last_rows(id_F: Ids, version_F: Ids) -> tuple[Ids, Ids, Ids]:
     """Of each sample the row of the highest model_version, of equal ones the last: ids (sorted), versions, rows."""
     if (version_F[1:] >= version_F[:-1]).all():
-        order_F = np.argsort(id_F, kind="stable")
+        order_F = stable_order(id_F)
     else:
-        order_F = np.lexsort((version_F, id_F))  # stable too
+        by_version_F = stable_order(version_F)
+        order_F = by_version_F[stable_order(id_F[by_version_F])]
     is_last_F = np.ones(len(id_F), dtype=bool)
     is_last_F[:-1] = id_F[order_F[1:]] != id_F[order_F[:-1]]
     row_F = order_F[is_last_F]
     return id_F[row_F], version_F[row_F], row_F
+
+
+def stable_order(key_F: Ids) -> Ids:
+    """As `np.argsort(key_F, kind="stable")` of keys that are not negative, but sorting key and row as one number.
+
+    That is over ten times as fast, since numpy sorts plain numbers with vector instructions.
+    """
+    row_bits = len(key_F).bit_length()
+    if len(key_F) and int(key_F.max()).bit_length() + row_bits > 63:
+        return np.argsort(key_F, kind="stable")
+    both_F = np.sort((key_F << row_bits) | np.arange(len(key_F)))
+    return both_F & ((1 << row_bits) - 1)
 
 
 def _joined(tables: list[pa.Table]) -> tuple[pa.Table, ...]:
@@ -228,4 +241,7 @@ def _take(tables: Sequence[pa.Table], at_B: Ids) -> pa.Table:
         places.append(place_P)
     if len(pieces) <= 1:
         return pieces[0] if pieces else tables[0].slice(0, 0)
-    return pa.concat_tables(pieces).take(pa.array(np.argsort(np.concatenate(places))))
+    order = np.concatenate(places)
+    back = np.empty_like(order)
+    back[order] = np.arange(len(order))
+    return pa.concat_tables(pieces).take(pa.array(back))

@@ -14,7 +14,7 @@ from tests.waiting import wait_for
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-LIVE = ("status", "top", "query", "scale", "runs", "export")  # what a second terminal asks of a run that is up
+LIVE = ("status", "top", "query", "scale", "runs", "export", "store")  # what a second terminal asks of a run that is up
 # This suite itself, what CI runs before it, and what the slow tier runs.
 NOT_HERE = ("./deploy/local test", "./deploy/local check", "./deploy/local steppe bench")
 
@@ -77,6 +77,7 @@ def test_commands_of_the_readme() -> None:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
         end_processes(run)
+        (ROOT / "scores.parquet").unlink(missing_ok=True)
         for folder in set((ROOT / "runs").glob("*")) - before:
             shutil.rmtree(folder)
 
@@ -93,7 +94,7 @@ def check_answers(answers: dict[str, str]) -> None:
     assert by_path["/v1/checkpoints"]["checkpoints"][0]["model_version"] >= 1
     assert by_path["/readyz"] == {"status": "ok"}
     assert [answer["wanted"] for command, answer in curls.items() if "PATCH" in command] == [2]
-    status, top, query, scale, runs, suspects = (
+    status, top, query, scale, runs, export, suspects, store = (
         answers[command] for command in answers if command.startswith("./deploy/local steppe")
     )
     assert "coverage" in status
@@ -101,7 +102,9 @@ def check_answers(answers: dict[str, str]) -> None:
     assert "running" in runs
     assert "159" in query
     assert "2 scorers wanted" in scale
+    assert "wrote 1437 scores" in export
     assert "mislabelled" in suspects
+    assert "fragments" in store
 
 
 def check_summary(summary: dict[str, float]) -> None:
