@@ -11,7 +11,7 @@ from shared.config import read_config
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "deploy" / "results"
-COMPARISONS = ["small", "staleness", "equivalence"]
+COMPARISONS = ["small", "default", "staleness", "equivalence"]
 
 
 @pytest.mark.parametrize("name", COMPARISONS)
