@@ -53,7 +53,7 @@ import pyarrow as pa
 from shared.errors import ConfigError, DataError, Fenced, StoreCorrupt, StoreError, StoreMismatch
 from shared.schema import SCORE_SCHEMA
 from shared.store_files import FRAGMENTS, SNAPSHOTS, Anchor, Manifest, Part, StoreFiles
-from shared.store_view import NOTHING, StoreView, column_array, last_rows
+from shared.store_view import NOTHING, StoreView, column_array, last_rows, stable_order
 
 logger = logging.getLogger(__name__)
 
@@ -257,7 +257,11 @@ class ScoreWriter:
             fragments=(*self._manifest.fragments, part),
             metadata=dict(self._manifest.metadata if metadata is None else metadata),
         )
-        ids, versions, _ = last_rows(column_array(rows, "sample_id"), column_array(rows, "model_version"))
+        ids, versions = column_array(rows, "sample_id"), column_array(rows, "model_version")
+        if (versions[1:] < versions[:-1]).any():
+            by_version = stable_order(versions)
+            ids, versions = ids[by_version], versions[by_version]
+        # Where an id repeats, numpy keeps the last, which is the highest.
         self._latest_version_N[ids] = np.maximum(self._latest_version_N[ids], versions)
 
     def _advance(self, after: Callable[[], None] | None = None, **changes: Any) -> None:
@@ -469,6 +473,20 @@ class ScoreReader:
 
 def _conform(table: pa.Table | pa.RecordBatch, num_samples: int) -> pa.Table:
     rows = pa.Table.from_batches([table]) if isinstance(table, pa.RecordBatch) else table
+    if rows.schema != SCORE_SCHEMA:
+        rows = _cast(rows)
+    for field, column in zip(SCORE_SCHEMA, rows.columns, strict=True):
+        if column.null_count:
+            raise StoreMismatch(f"column {field.name} has {column.null_count} nulls; score rows have none")
+    ids = column_array(rows, "sample_id")
+    if len(ids) and (ids.min() < 0 or ids.max() >= num_samples):
+        raise StoreMismatch(f"sample ids {ids.min()}..{ids.max()} do not fit 0..{num_samples - 1}")
+    if len(ids) and column_array(rows, "model_version").min() < 0:
+        raise StoreMismatch("model_version is below 0")
+    return rows
+
+
+def _cast(rows: pa.Table) -> pa.Table:
     names = rows.column_names
     if sorted(names) != sorted(SCORE_SCHEMA.names):
         missing, extra = set(SCORE_SCHEMA.names) - set(names), set(names) - set(SCORE_SCHEMA.names)
@@ -477,18 +495,9 @@ def _conform(table: pa.Table | pa.RecordBatch, num_samples: int) -> pa.Table:
             f"score rows lack columns {sorted(missing)}, have unknown ones {sorted(extra)}, some twice {sorted(twice)}"
         )
     try:
-        rows = rows if rows.schema == SCORE_SCHEMA else rows.select(SCORE_SCHEMA.names).cast(SCORE_SCHEMA)
+        return rows.select(SCORE_SCHEMA.names).cast(SCORE_SCHEMA)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise StoreMismatch(f"score rows do not fit SCORE_SCHEMA: {error}") from error
-    for name in SCORE_SCHEMA.names:
-        if rows.column(name).null_count:
-            raise StoreMismatch(f"column {name} has {rows.column(name).null_count} nulls; score rows have none")
-    ids = column_array(rows, "sample_id")
-    if len(ids) and (ids.min() < 0 or ids.max() >= num_samples):
-        raise StoreMismatch(f"sample ids {ids.min()}..{ids.max()} do not fit 0..{num_samples - 1}")
-    if len(ids) and column_array(rows, "model_version").min() < 0:
-        raise StoreMismatch("model_version is below 0")
-    return rows
 
 
 def _now() -> str:

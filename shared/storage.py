@@ -7,11 +7,12 @@ Durable means: there after a power cut. A file's content is, once it is synced; 
 after the name was made. Nothing is assumed of the order in which a disk keeps what was not synced.
 """
 
+import concurrent.futures
 import contextlib
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import unquote, urlsplit
@@ -43,7 +44,7 @@ def local_path(uri: str | os.PathLike[str]) -> Path:
 
 NETWORK_DISKS = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "fuse", "lustre", "gpfs", "beegfs", "glusterfs", "pvfs")
 
-_syncing = ThreadPoolExecutor(4, thread_name_prefix="sync")
+_others = ThreadPoolExecutor(4, thread_name_prefix="storage")  # none of their tasks waits for another
 
 
 def is_mappable(path: Path) -> bool:
@@ -94,8 +95,9 @@ class Folder:
                 os.link(temporary, self.path / name)
             except FileExistsError:
                 return False
-            _sync_folder(self.path)
-            return True
+            syncing = _others.submit(_sync_folder, self.path)  # while the temporary name goes
+        syncing.result()
+        return True
 
     def add(self, name: str, data: "bytes | pa.Buffer") -> Callable[[], None]:
         """Begin to write a new file that nobody looks for yet; call the answer to wait until it is durable.
@@ -103,15 +105,12 @@ class Folder:
         Content and name are synced side by side, without a temporary name: a crash can leave part of the content under
         `name`. So the name must be told to others only afterwards.
         """
-        file = open(self.path / name, "xb")  # noqa: SIM115  closed by the thread that writes
-        syncs = [_syncing.submit(_write_out, file, data), _syncing.submit(_sync_folder, self.path)]
+        writing = _others.submit(self._add, name, data)
 
         def wait() -> None:
             try:
-                for sync in syncs:
-                    sync.exception()  # both have ended before either's error is told
-                for sync in syncs:
-                    sync.result()
+                naming = writing.result()
+                naming.result()
             except OSError:
                 self.delete(name)
                 raise
@@ -137,6 +136,21 @@ class Folder:
         """Remove `name`; nothing happens when it is not there."""
         (self.path / name).unlink(missing_ok=True)
 
+    @contextlib.contextmanager
+    def dropping(self, name: str) -> Iterator[None]:
+        """Remove `name` beside what is done inside; when that fails, the file stays."""
+        deletion = _others.submit(self.delete, name)
+        try:
+            yield
+        finally:
+            concurrent.futures.wait([deletion])
+
+    def _add(self, name: str, data: "bytes | pa.Buffer") -> "Future[None]":
+        with open(self.path / name, "xb") as file:
+            naming = _others.submit(_sync_folder, self.path)
+            _write_out(file, data)
+        return naming
+
     def _listing(self) -> list[str]:
         try:
             return sorted(os.listdir(self.path))
@@ -147,17 +161,17 @@ class Folder:
     def _temporary(self, name: str, data: "bytes | pa.Buffer") -> Iterator[Path]:
         path = self.path / f".{name}.{secrets.token_hex(6)}"
         try:
-            _write_out(open(path, "xb"), data)  # noqa: SIM115  closed by it
+            with open(path, "xb") as file:
+                _write_out(file, data)
             yield path
         finally:
             path.unlink(missing_ok=True)
 
 
 def _write_out(file: BinaryIO, data: "bytes | pa.Buffer") -> None:
-    with file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    file.write(data)
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def _sync_folder(path: Path) -> None:

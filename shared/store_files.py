@@ -169,16 +169,15 @@ class StoreFiles:
         Args:
             after: waits until all that the manifest names is durable.
         """
-        if not self._manifests.create(_name(manifest.generation), manifest.dump(), after):
-            return False
-        if self.generations()[-1] > manifest.generation:
-            self._manifests.delete(_name(manifest.generation))
-            return False
-        superseded = manifest.generation - SUPERSEDED_MANIFESTS_KEPT
-        if all(anchor.generation != superseded for anchor in manifest.earlier):
-            with contextlib.suppress(OSError):  # it is collected later
-                self._manifests.delete(_name(superseded))
-        return True
+        superseded = manifest.generation - SUPERSEDED_MANIFESTS_KEPT - 1
+        is_kept = any(anchor.generation == superseded for anchor in manifest.earlier)
+        with contextlib.nullcontext() if is_kept else self._manifests.dropping(_name(superseded)):
+            if not self._manifests.create(_name(manifest.generation), manifest.dump(), after):
+                return False
+            if self.generations()[-1] > manifest.generation:
+                self._manifests.delete(_name(manifest.generation))
+                return False
+            return True
 
     def sync_manifests(self) -> None:
         self._manifests.sync()

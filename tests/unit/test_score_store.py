@@ -23,6 +23,7 @@ from shared import store_files
 from shared.errors import ConfigError, DataError, Fenced, StoreCorrupt, StoreError, StoreMismatch
 from shared.schema import SCORE_SCHEMA, SNAPSHOT_SCHEMA
 from shared.score_store import COMPACT_AFTER_FRAGMENTS, Retention, ScoreReader, ScoreWriter
+from shared.store_view import stable_order
 from tests.rows import SCORED_AT, make_rows
 from tests.waiting import wait_for
 
@@ -57,6 +58,15 @@ def age(uri: Path) -> None:
 
 def names(uri: Path, folder: str) -> set[str]:
     return set(os.listdir(uri / folder))
+
+
+@pytest.mark.parametrize("most", [5, 1 << 40, (1 << 63) - 1], ids=["repeats", "large", "too large for one word"])
+def test_stable_order_is_argsorts(most: int) -> None:
+    keys = np.random.default_rng(0).integers(0, most, 1000)
+    keys[500:510] = most - 1
+
+    np.testing.assert_array_equal(stable_order(keys), np.argsort(keys, kind="stable"))
+    assert len(stable_order(keys[:0])) == 0
 
 
 # Rows, versions, answers
