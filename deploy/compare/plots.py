@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from deploy.compare.report import Cells, accuracies, cells_by_seed, search_table
-from deploy.compare.statistics import AHEAD, BEHIND, summary
+from deploy.compare.statistics import SHOWN, summary
 from shared.errors import ConfigError
 
 FORMATS = (".png", ".svg")
@@ -41,7 +41,7 @@ def plot_differences(report: Mapping[str, Any], path: str | Path) -> Figure:
             _bar(axes, place, one["mean"], one["low_all"], one["high_all"], width=1.0)
             _bar(axes, place, one["mean"], one["low"], one["high"], width=3.0)
             if one["mean"] is not None:
-                fill = INK if one["verdict"] in (AHEAD, BEHIND) else "white"
+                fill = INK if one["verdict"] in SHOWN else "white"
                 axes.plot([one["mean"]], [place], "o", color=INK, markerfacecolor=fill, markersize=7)
         _title(axes, table["data_label"], [one["n"] for one in rows])
         axes.set_xlabel("difference of test accuracy\n(percentage points)")

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from deploy.compare.statistics import AHEAD, BEHIND, LEVEL, equivalent, simultaneous, summary
+from deploy.compare.statistics import LEVEL, SHOWN, equivalent, simultaneous, summary
 from shared.errors import DataError
 
 PERCENT = 100.0
@@ -115,7 +115,7 @@ def overview(report: Mapping[str, Any]) -> str:
         found = f"{_number(mine['mean'], '.2f')} ± {_number(mine['standard_error'], '.2f')}"
         row = rows.setdefault(one["data"], [one["data_label"], str(one["n"]), found])
         text = f"{_number(one['mean'], '+.2f')} ({_interval(one['low'], one['high'])})"
-        row.append(f"**{text}**" if one["verdict"] in (AHEAD, BEHIND) else text)
+        row.append(f"**{text}**" if one["verdict"] in SHOWN else text)
     controls = dict.fromkeys(one["control_label"] for one in report["differences"])
     header = ["data", "n", report["candidate_label"], *(f"minus {label}" for label in controls)]
     return _as_markdown([_Section("", header, list(rows.values()))], [])

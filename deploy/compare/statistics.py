@@ -15,6 +15,7 @@ from shared.errors import ConfigError, DataError
 
 QUADRATURE = np.polynomial.legendre.leggauss(128)
 AHEAD, BEHIND, NOT_SHOWN, NOT_TESTED = "ahead", "behind", "no difference shown", "not tested"
+SHOWN = (AHEAD, BEHIND)
 LEVEL = 0.95
 POWER = 0.8
 MOST_SEEDS = 1_000_000
