@@ -36,24 +36,24 @@ grace period. A store of another format is refused with a message that says whic
 There is no rename, no append to a file, no lock: a store on an object store needs nothing else.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import logging
 import os
 import secrets
 import threading
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 import pyarrow as pa
 
 from shared.errors import ConfigError, DataError, Fenced, StoreCorrupt, StoreError, StoreMismatch
 from shared.schema import SCORE_SCHEMA
 from shared.store_files import FRAGMENTS, SNAPSHOTS, Anchor, Manifest, Part, StoreFiles
-from shared.store_view import NOTHING, StoreView, column_array, last_rows, stable_order
+from shared.store_view import StoreView, column_array, last_rows, rows_with, stable_order
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +63,7 @@ MOST_FRAGMENTS = 256
 GRACE_S = 60.0  # a reader may still be opening what a manifest of this age names
 
 Uri = str | os.PathLike[str]
+Answer = TypeVar("Answer")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,12 +84,19 @@ class Retention:
         if self.keep_last < 0 or self.keep_every < 0:
             raise ConfigError(f"keep_last is {self.keep_last}, keep_every {self.keep_every}; both must be at least 0")
 
-    def keeps(self, anchor: Anchor, newest: int) -> bool:
-        """Whether any version from the anchor's first up to but not its last, which a snapshot holds, is kept."""
-        in_last = anchor.last - 1 >= newest - self.keep_last
-        first = max(anchor.first, 1)
-        in_every = self.keep_every > 0 and -(-first // self.keep_every) * self.keep_every < anchor.last
-        return self.keep_all or in_last or in_every
+    def keeps(self, first: int, end: int, newest: int) -> bool:
+        """Whether any of the versions first..end-1 is kept."""
+        multiple = -(-max(first, 1) // self.keep_every) * self.keep_every if self.keep_every else end
+        return self.keep_all or max(newest - self.keep_last, first) < end or multiple < end
+
+    def kept(self, anchors: Sequence[Anchor], base_version: int, newest: int) -> tuple[Anchor, ...]:
+        """Those without which a kept version could not be read; the newest manifest reads from `base_version` on."""
+        ends = [*(anchor.first for anchor in anchors), base_version][1:]
+        return tuple(
+            anchor
+            for anchor, end in zip(anchors, ends, strict=True)
+            if self.keeps(anchor.first, min(end, anchor.last + 1), newest)
+        )
 
 
 class ScoreWriter:
@@ -124,13 +132,12 @@ class ScoreWriter:
         self._retention, self._grace_s = retention, grace_s
         self._token = secrets.token_hex(8)
         self._pending: list[pa.Table] = []
-        self._in_flight: list[pa.Table] = []  # of a commit that failed half-way: still pending, or visible after all
         self._pending_lock = threading.Lock()
         self._commit_lock = threading.Lock()
         self._compaction_lock = threading.Lock()
         self._compactor: threading.Thread | None = None
         self._state = "open"
-        self._unsure = False  # a manifest write failed half-way: it may be there or not
+        self._doubt: _Doubt | None = None
         self._manifest = self._take_over()
         self._reader = ScoreReader(uri)
         self._latest_version_N = self._reader.dense("model_version")
@@ -169,18 +176,18 @@ class ScoreWriter:
 
         Raises Fenced when another writer took over. After an OSError the rows are still pending: commit again.
         """
+        notes = None if metadata is None else orjson.loads(orjson.dumps(metadata, option=orjson.OPT_SERIALIZE_NUMPY))
         with self._commit_lock:
             self._check_open()
             self._settle()
             with self._pending_lock:
                 pending, self._pending = self._pending, []
-            self._in_flight = pending
             try:
                 rows = self._without_known(pa.concat_tables(pending)) if pending else SCORE_SCHEMA.empty_table()
                 if rows.num_rows:
-                    self._commit(rows, metadata)
-                elif metadata is not None and dict(metadata) != self._manifest.metadata:
-                    self._advance(metadata=dict(metadata))
+                    self._commit(rows, notes, len(pending))
+                elif notes is not None and notes != self._manifest.metadata:
+                    self._advance(metadata=notes)
             except BaseException:
                 with self._pending_lock:
                     self._pending = pending + self._pending
@@ -201,15 +208,15 @@ class ScoreWriter:
             with self._commit_lock:
                 self._check_open()
                 self._settle()
-                if snapshot is not None:
-                    self._replace_by(snapshot)
-                kept = [self._store.read_manifest(anchor.generation) for anchor in self._manifest.earlier]
-                self._store.collect([m for m in kept if m is not None], self._manifest, self._grace_s)
+                self._retain(snapshot)
+                kept = [self._store.read_kept(anchor, self._manifest) for anchor in self._manifest.earlier]
+                if not self._store.collect([m for m in kept if m is not None], self._manifest, self._grace_s):
+                    self._fence()
 
     def close(self) -> None:
         """Commit what is pending, wait for a compaction that goes on, and end. Twice is fine.
 
-        After an OSError the writer is still open.
+        After an error other than Fenced the writer is still open.
         """
         with self._pending_lock:
             if self._state != "open":
@@ -217,8 +224,9 @@ class ScoreWriter:
             self._state = "closing"
         try:
             self.commit()
-        except OSError:
-            self._state = "open"
+        except BaseException:
+            if self._state == "closing":
+                self._state = "open"
             raise
         if self._compactor is not None:
             self._compactor.join()
@@ -234,7 +242,11 @@ class ScoreWriter:
         if self._state == "closed" or (appending and self._state == "closing"):
             raise StoreError("this ScoreWriter is closed; open a new one")
         if self._state == "fenced":
-            raise Fenced(f"another writer took over {self._store.path}; this one can commit no more")
+            self._fence()
+
+    def _fence(self) -> NoReturn:
+        self._state = "fenced"
+        raise Fenced(f"another writer took over {self._store.path}; this one can commit no more")
 
     def _take_over(self) -> Manifest:
         while True:
@@ -243,19 +255,20 @@ class ScoreWriter:
                 manifest = Manifest(1, 0, self._token, _now(), 0, None, (), (), {})
             else:
                 manifest = dataclasses.replace(last, generation=last.generation + 1, writer=self._token)
-            if self._store.write_manifest(manifest):
+            if self._store.write_manifest(manifest) and self._store.newest(manifest) is manifest:
                 return manifest
 
-    def _commit(self, rows: pa.Table, metadata: Mapping[str, Any] | None) -> None:
+    def _commit(self, rows: pa.Table, notes: Mapping[str, Any] | None, tables: int) -> None:
         version = self._manifest.version + 1
         part, wait = self._store.begin_part(FRAGMENTS, rows, version)
         self._advance(
             wait,
+            _Doubt(tables, FRAGMENTS, part),
             version=version,
             committed_at=_now(),
             rows=self._manifest.rows + rows.num_rows,
             fragments=(*self._manifest.fragments, part),
-            metadata=dict(self._manifest.metadata if metadata is None else metadata),
+            metadata=self._manifest.metadata if notes is None else notes,
         )
         ids, versions = column_array(rows, "sample_id"), column_array(rows, "model_version")
         if (versions[1:] < versions[:-1]).any():
@@ -264,30 +277,36 @@ class ScoreWriter:
         # Where an id repeats, numpy keeps the last, which is the highest.
         self._latest_version_N[ids] = np.maximum(self._latest_version_N[ids], versions)
 
-    def _advance(self, after: Callable[[], None] | None = None, **changes: Any) -> None:
+    def _advance(self, after: Callable[[], None] | None = None, doubt: "_Doubt | None" = None, **changes: Any) -> None:
+        """Write the next manifest. Until that has worked it may be there or not: `_settle` finds out."""
         manifest = dataclasses.replace(self._manifest, generation=self._manifest.generation + 1, **changes)
-        self._unsure = True
-        counts = self._store.write_manifest(manifest, after)
-        self._unsure = False
-        if not counts:
-            self._state = "fenced"
-            self._check_open()
-        self._manifest = manifest
+        self._doubt = doubt or _Doubt()
+        is_first = self._store.write_manifest(manifest, after)
+        if not is_first or self._store.newest(manifest) is not manifest:
+            if not is_first:  # else its successor may have gone on from it
+                self._doubt.give_up(self._store)
+            self._fence()
+        self._manifest, self._doubt = manifest, None
+        self._store.drop_superseded(manifest)
 
     def _settle(self) -> None:
         """After a failed manifest write: was it made after all? Then go on from it, and its rows are not pending."""
-        if not self._unsure:
+        if self._doubt is None:
             return
-        made = self._store.read_manifest(self._manifest.generation + 1)
-        if made is not None and made.writer == self._token:
-            if made.version > self._manifest.version:
-                with self._pending_lock:
-                    del self._pending[: len(self._in_flight)]
-            self._manifest = made
+        found = self._store.newest(self._manifest)
+        if found is None or found.writer != self._token:
+            self._fence()
+        doubt, is_made = self._doubt, found is not self._manifest
+        if is_made:
             self._store.sync_manifests()  # that it can be read does not say that it would survive a power cut
             self._reader.refresh()
             self._latest_version_N = self._reader.dense("model_version")
-        self._unsure = False
+        self._manifest, self._doubt = found, None
+        if is_made:
+            with self._pending_lock:
+                del self._pending[: doubt.tables]
+        else:
+            doubt.give_up(self._store)
 
     def _without_known(self, rows: pa.Table) -> pa.Table:
         """Drop rows that are a sample's latest already, to the last bit: a scorer may send a block twice."""
@@ -330,12 +349,31 @@ class ScoreWriter:
         wait()
         return part
 
-    def _replace_by(self, snapshot: Part) -> None:
+    def _retain(self, snapshot: Part | None) -> None:
         """The snapshot in place of what it holds; what was before stays readable as far as retention says."""
         before = self._manifest
-        earlier = tuple(a for a in (*before.earlier, before.anchor) if self._retention.keeps(a, before.version))
+        if snapshot is None:
+            earlier = self._retention.kept(before.earlier, before.base_version, before.version)
+            if earlier != before.earlier:
+                self._advance(earlier=earlier)
+            return
+        earlier = self._retention.kept((*before.earlier, before.anchor), snapshot.version, before.version)
         fragments = tuple(part for part in before.fragments if part.version > snapshot.version)
-        self._advance(snapshot=snapshot, fragments=fragments, earlier=earlier)
+        doubt = _Doubt(0, SNAPSHOTS, snapshot)
+        self._advance(doubt=doubt, snapshot=snapshot, fragments=fragments, earlier=earlier)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Doubt:
+    """A manifest that may be there or not: of how many pending tables it brings the rows, and the part made for it."""
+
+    tables: int = 0
+    kind: str = FRAGMENTS
+    part: Part | None = None
+
+    def give_up(self, store: StoreFiles) -> None:
+        if self.part is not None:
+            store.give_up(self.kind, self.part)
 
 
 class ScoreReader:
@@ -388,7 +426,9 @@ class ScoreReader:
                 except FileNotFoundError as error:
                     # Compacted and collected between reading the manifest and opening its files: a newer one is there.
                     if attempt == 4:
-                        raise StoreCorrupt(f"{error.filename} is named by a manifest and missing") from error
+                        raise StoreCorrupt(
+                            f"{error.filename} is named by a manifest and missing; restore it"
+                        ) from error
                 else:
                     break
             return self._view.version
@@ -428,29 +468,22 @@ class ScoreReader:
         """
         return self._view.dense(column)
 
-    def _check_ids(self, wanted: npt.NDArray[Any]) -> None:
-        if len(wanted) and wanted.dtype.kind not in "iu":
-            raise DataError(f"sample ids are {wanted.dtype}; they must be integers in 0..{self.num_samples - 1}")
-        if len(wanted) and (wanted.min() < 0 or wanted.max() >= self.num_samples):
-            wrong = wanted[(wanted < 0) | (wanted >= self.num_samples)][0]
-            raise DataError(f"sample_id {wrong} is outside 0..{self.num_samples - 1}")
-
     def history(self, sample_id: int) -> pa.Table:
         """All rows of one sample that are still kept, one per model_version, oldest first. SNAPSHOT_SCHEMA.
 
         Raises DataError for an id outside 0..N-1.
         """
         self._check_ids(np.asarray([sample_id]))
-        manifest = self._view.manifest
-        manifests = (
-            [manifest, *map(self._store.read_manifest, (a.generation for a in manifest.earlier))] if manifest else []
-        )
-        parts = {(kind, part) for m in manifests if m is not None for kind, part in m.parts()}
-        found = [NOTHING]
-        for kind, part in sorted(parts, key=lambda item: (item[1].version, item[0])):
-            with contextlib.suppress(FileNotFoundError):  # collected meanwhile: out of retention
-                rows = self._store.read_part(kind, part)
-                found.append(rows.take(pa.array(np.flatnonzero(column_array(rows, "sample_id") == sample_id))))
+        view = self._view
+        known, found = set(view.parts()), [view.rows_ever_of(sample_id)]
+
+        def read(manifest: Manifest) -> list[pa.Table]:
+            tables = [self._store.read_part(kind, part) for kind, part in set(manifest.parts()) - known]
+            known.update(manifest.parts())
+            return [rows_with(table, sample_id) for table in tables]
+
+        for newest, anchor in view.earlier():
+            found += self._of_kept(anchor, newest, read) or []
         rows = pa.concat_tables(found)
         *_, kept = last_rows(column_array(rows, "model_version"), column_array(rows, "store_version"))
         return rows.take(pa.array(kept))
@@ -459,16 +492,38 @@ class ScoreReader:
         view = self._view
         if not 0 <= version <= view.version:
             raise StoreError(f"version {version} is not there; this reader is at version {view.version}")
-        manifest = view.manifest
-        if manifest is not None and version < manifest.base_version:
-            anchors = [a for a in manifest.earlier if a.first <= version <= a.last]
-            manifest = self._store.read_manifest(anchors[0].generation) if anchors else None
-        if manifest is not None:
-            kept = tuple(part for part in manifest.fragments if part.version <= version)
-            then = dataclasses.replace(manifest, version=version, fragments=kept)
-            with contextlib.suppress(FileNotFoundError):
-                return StoreView.empty(self.num_samples).advance(self._store, then)
+        if version >= view.base_version:
+            return view.at(version)
+
+        def read(manifest: Manifest) -> StoreView:
+            return StoreView.empty(self.num_samples).advance(self._store, manifest).at(version)
+
+        for newest, anchor in view.earlier():
+            if anchor.first <= version <= anchor.last and (then := self._of_kept(anchor, newest, read)) is not None:
+                return then
         raise StoreError(f"version {version} is no longer kept; raise keep_last or keep_every to keep more")
+
+    def _of_kept(self, anchor: Anchor, newest: Manifest, read: Callable[[Manifest], Answer]) -> Answer | None:
+        """What `read` makes of an earlier manifest; None when it is not kept any more.
+
+        Raises StoreCorrupt, naming the file, when one of its files is missing.
+        """
+        manifest = self._store.read_kept(anchor, newest)
+        if manifest is None:
+            return None
+        try:
+            return read(manifest)
+        except FileNotFoundError as error:
+            if self._store.read_kept(anchor, newest) is None:
+                return None
+            raise StoreCorrupt(f"{error.filename} is named by a manifest and missing; restore it") from error
+
+    def _check_ids(self, wanted: npt.NDArray[Any]) -> None:
+        if len(wanted) and wanted.dtype.kind not in "iu":
+            raise DataError(f"sample ids are {wanted.dtype}; they must be integers in 0..{self.num_samples - 1}")
+        if len(wanted) and (wanted.min() < 0 or wanted.max() >= self.num_samples):
+            wrong = wanted[(wanted < 0) | (wanted >= self.num_samples)][0]
+            raise DataError(f"sample_id {wrong} is outside 0..{self.num_samples - 1}")
 
 
 def _conform(table: pa.Table | pa.RecordBatch, num_samples: int) -> pa.Table:

@@ -7,12 +7,12 @@ Durable means: there after a power cut. A file's content is, once it is synced; 
 after the name was made. Nothing is assumed of the order in which a disk keeps what was not synced.
 """
 
-import concurrent.futures
 import contextlib
 import os
 import secrets
+import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import unquote, urlsplit
@@ -42,19 +42,17 @@ def local_path(uri: str | os.PathLike[str]) -> Path:
     return Path(unquote(parts.path)).resolve()
 
 
-NETWORK_DISKS = ("nfs", "cifs", "smb", "9p", "afs", "ceph", "fuse", "lustre", "gpfs", "beegfs", "glusterfs", "pvfs")
-
-_others = ThreadPoolExecutor(4, thread_name_prefix="storage")  # none of their tasks waits for another
+MAPPABLE_DISKS = {"ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "overlay", "apfs", "hfs"}
 
 
 def is_mappable(path: Path) -> bool:
-    """Whether a file may be memory-mapped: on a local disk, where a file that is deleted stays readable for who has it.
+    """Whether a file may be memory-mapped: on a local disk, where what is deleted stays readable for who has it open.
 
     On a network disk another host may delete it, and reading the mapping then ends the process (SIGBUS).
     """
     mounts = {mount.mountpoint: mount.fstype for mount in psutil.disk_partitions(all=True)}
     kind = next((mounts[str(parent)] for parent in (path, *path.parents) if str(parent) in mounts), "")
-    return not kind.startswith(NETWORK_DISKS)
+    return kind in MAPPABLE_DISKS
 
 
 class Folder:
@@ -94,28 +92,28 @@ class Folder:
             try:
                 os.link(temporary, self.path / name)
             except FileExistsError:
-                return False
-            syncing = _others.submit(_sync_folder, self.path)  # while the temporary name goes
-        syncing.result()
+                if os.stat(temporary).st_nlink == 1:  # 2 when NFS asked twice for the same link
+                    return False
+        self.sync()
         return True
 
     def add(self, name: str, data: "bytes | pa.Buffer") -> Callable[[], None]:
         """Begin to write a new file that nobody looks for yet; call the answer to wait until it is durable.
 
-        Content and name are synced side by side, without a temporary name: a crash can leave part of the content under
+        It is written in a thread of its own and without a temporary name: a crash can leave part of the content under
         `name`. So the name must be told to others only afterwards.
         """
-        writing = _others.submit(self._add, name, data)
 
-        def wait() -> None:
+        def write() -> None:
             try:
-                naming = writing.result()
-                naming.result()
-            except OSError:
+                with open(self.path / name, "xb") as file:
+                    _write_out(file, data)
+                self.sync()
+            except BaseException:
                 self.delete(name)
                 raise
 
-        return wait
+        return _beside(write)
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
@@ -136,21 +134,6 @@ class Folder:
         """Remove `name`; nothing happens when it is not there."""
         (self.path / name).unlink(missing_ok=True)
 
-    @contextlib.contextmanager
-    def dropping(self, name: str) -> Iterator[None]:
-        """Remove `name` beside what is done inside; when that fails, the file stays."""
-        deletion = _others.submit(self.delete, name)
-        try:
-            yield
-        finally:
-            concurrent.futures.wait([deletion])
-
-    def _add(self, name: str, data: "bytes | pa.Buffer") -> "Future[None]":
-        with open(self.path / name, "xb") as file:
-            naming = _others.submit(_sync_folder, self.path)
-            _write_out(file, data)
-        return naming
-
     def _listing(self) -> list[str]:
         try:
             return sorted(os.listdir(self.path))
@@ -166,6 +149,25 @@ class Folder:
             yield path
         finally:
             path.unlink(missing_ok=True)
+
+
+def _beside(act: Callable[[], None]) -> Callable[[], None]:
+    """Do `act` in a new thread, or here and now when there can be none any more; the answer waits, and raises."""
+    done: Future[None] = Future()
+
+    def run() -> None:
+        try:
+            act()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    try:
+        threading.Thread(target=run, name="storage").start()
+    except RuntimeError:  # Python ends
+        run()
+    return done.result
 
 
 def _write_out(file: BinaryIO, data: "bytes | pa.Buffer") -> None:

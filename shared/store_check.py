@@ -1,5 +1,6 @@
 """A score store examined: every byte of it against what its manifests say, and what lies in its folder."""
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable
@@ -57,11 +58,11 @@ def stats(uri: str | os.PathLike[str]) -> dict[str, Any]:
     description = store.describe()
     newest, *earlier = manifests(store)
     named = {(kind, part.name): part.bytes for m in (newest, *earlier) for kind, part in m.parts()}
-    there = {
-        (kind, path.name): path.stat().st_size
-        for kind in (FRAGMENTS, SNAPSHOTS)
-        for path in (store.path / kind).iterdir()
-    }
+    there = {}
+    for kind in (FRAGMENTS, SNAPSHOTS):
+        for path in (store.path / kind).iterdir():
+            with contextlib.suppress(FileNotFoundError):  # collected meanwhile
+                there[kind, path.name] = path.stat().st_size
     return {
         "store": str(store.path),
         **description,
@@ -87,15 +88,8 @@ def manifests(store: StoreFiles) -> list[Manifest]:
     newest = store.newest()
     if newest is None:
         raise StoreError(f"{store.path} has no manifest; a ScoreWriter writes the first one")
-    found = [newest]
-    for anchor in newest.earlier:
-        manifest = store.read_manifest(anchor.generation)
-        if manifest is not None:
-            found.append(manifest)
-        elif store.newest(newest) is newest:
-            name = f"{store.path}/manifests/{anchor.generation:012d}.json"
-            raise StoreCorrupt(f"{name}, kept for versions {anchor.first} to {anchor.last}, is missing")
-    return found
+    kept = [store.read_kept(anchor, newest) for anchor in newest.earlier]
+    return [newest, *(manifest for manifest in kept if manifest is not None)]
 
 
 def _parts(store: StoreFiles) -> list[tuple[str, Part]]:

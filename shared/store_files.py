@@ -6,9 +6,10 @@ The format is written down in `shared.score_store`.
 import contextlib
 import dataclasses
 import os
+import re
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ FORMAT = 2
 SUPERSEDED_MANIFESTS_KEPT = 8  # a listing may miss names that come and go while it is made, but not so many
 READ_BYTES = 1 << 24
 FRAGMENTS, SNAPSHOTS = "fragments", "snapshots"
+MANIFEST_NAME = re.compile(r"[0-9]{12}\.json")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,10 +100,10 @@ class Manifest:
             body["fragments"] = tuple(Part(**part) for part in body["fragments"])
             body["earlier"] = tuple(Anchor(**anchor) for anchor in body["earlier"])
             return cls(**body)
+        except StoreMismatch:
+            raise
         except (ValueError, KeyError, TypeError) as error:
-            raise (
-                error if isinstance(error, StoreMismatch) else StoreCorrupt(f"{name} is not a manifest: {error}")
-            ) from error
+            raise StoreCorrupt(f"{name} is not a manifest: {error}") from error
 
 
 class StoreFiles:
@@ -116,17 +118,23 @@ class StoreFiles:
         self._unneeded: dict[tuple[str, str], float] = {}  # folder and name -> since when, by time.monotonic
 
     def create(self, num_samples: int, scoring_id: str) -> None:
+        """Make the store, or check that it is there with these; nothing is touched when it is not."""
+        wanted = {"format": FORMAT, "num_samples": num_samples, "scoring_id": scoring_id}
+        if "store.json" in self._root.names() or self.generations():
+            self._check(wanted)
         for folder in (self._root, self._manifests, *self._parts.values()):
             folder.make()
-        wanted = {"format": FORMAT, "num_samples": num_samples, "scoring_id": scoring_id}
         if not self._root.create("store.json", orjson.dumps(wanted)):
+            self._check(wanted)
             self._root.sync()  # whoever created it may not have come to that
-            found = self.describe()
-            for key in ("num_samples", "scoring_id"):
-                if found[key] != wanted[key]:
-                    raise StoreMismatch(
-                        f"{self.path} holds scores with {key} {found[key]!r}, asked for {wanted[key]!r}; use a new run"
-                    )
+
+    def _check(self, wanted: Mapping[str, Any]) -> None:
+        found = self.describe()
+        for key in ("num_samples", "scoring_id"):
+            if found[key] != wanted[key]:
+                raise StoreMismatch(
+                    f"{self.path} holds scores with {key} {found[key]!r}, asked for {wanted[key]!r}; use a new run"
+                )
 
     def describe(self) -> dict[str, Any]:
         path = self.path / "store.json"
@@ -135,23 +143,35 @@ class StoreFiles:
             _check_format(description, str(path))
             description["num_samples"], description["scoring_id"]
         except FileNotFoundError:
+            if self.generations():
+                raise StoreCorrupt(f"{path} is missing; restore the store from a copy") from None
             raise StoreError(f"no score store at {self.path}; a ScoreWriter creates one") from None
+        except StoreMismatch:
+            raise
         except (ValueError, KeyError, TypeError) as error:
-            raise (error if isinstance(error, StoreMismatch) else StoreCorrupt(f"{path}: {error}")) from error
+            raise StoreCorrupt(f"{path}: {error}; restore it from a copy") from error
         return description
 
     def generations(self) -> list[int]:
-        stems = [name.removesuffix(".json") for name in self._manifests.names() if name.endswith(".json")]
-        return [int(stem) for stem in stems if stem.isdecimal()]
+        """Of the manifests that are there, rising."""
+        return [int(name[:12]) for name in self._manifests.names() if MANIFEST_NAME.fullmatch(name)]
 
     def newest(self, known: Manifest | None = None) -> Manifest | None:
-        """The newest manifest; `known` itself when it still is."""
-        while generations := self.generations():
+        """The newest manifest, `known` itself when it still is; None before the first.
+
+        Raises StoreCorrupt when manifests must have been there and are not: the store was half copied, or removed.
+        """
+        while True:
+            if not (generations := self.generations()):
+                if known is None and not any(folder.names() for folder in self._parts.values()):
+                    return None
+                if not self.generations():  # the first may have come before those parts
+                    raise StoreCorrupt(f"{self._manifests.path} has no manifest; restore the store from a copy")
+                continue
             if known is not None and generations[-1] <= known.generation:
                 return known
             if (manifest := self.read_manifest(generations[-1])) is not None:
                 return manifest
-        return known
 
     def read_manifest(self, generation: int) -> Manifest | None:
         """None when there is none, or none any more."""
@@ -161,23 +181,34 @@ class StoreFiles:
         except FileNotFoundError:
             return None
 
-    def write_manifest(self, manifest: Manifest, after: Callable[[], None] | None = None) -> bool:
-        """Whether it counts: its generation was free, and none newer is there.
+    def read_kept(self, anchor: Anchor, newest: Manifest) -> Manifest | None:
+        """An earlier manifest; None when the newest, `newest` or a later one, does not keep it any more.
 
-        The second matters to a writer that slept while its successors went on and removed what lay in its place.
+        Raises StoreCorrupt, naming the file, when it is missing.
+        """
+        found = self.read_manifest(anchor.generation)
+        newest = self.newest(newest) or newest
+        if anchor not in newest.earlier:
+            return None
+        if found is None:
+            path = self._manifests.path / _name(anchor.generation)
+            raise StoreCorrupt(f"{path}, kept for versions {anchor.first} to {anchor.last}, is missing; restore it")
+        return found
+
+    def write_manifest(self, manifest: Manifest, after: Callable[[], None] | None = None) -> bool:
+        """Write it durably unless its generation is taken; whether that was free.
 
         Args:
             after: waits until all that the manifest names is durable.
         """
-        superseded = manifest.generation - SUPERSEDED_MANIFESTS_KEPT - 1
-        is_kept = any(anchor.generation == superseded for anchor in manifest.earlier)
-        with contextlib.nullcontext() if is_kept else self._manifests.dropping(_name(superseded)):
-            if not self._manifests.create(_name(manifest.generation), manifest.dump(), after):
-                return False
-            if self.generations()[-1] > manifest.generation:
-                self._manifests.delete(_name(manifest.generation))
-                return False
-            return True
+        return self._manifests.create(_name(manifest.generation), manifest.dump(), after)
+
+    def drop_superseded(self, newest: Manifest) -> None:
+        """Remove the manifest that `newest` moves out of those that stay for a while; `collect` finds what is left."""
+        generation = newest.generation - SUPERSEDED_MANIFESTS_KEPT - 1
+        if all(anchor.generation != generation for anchor in newest.earlier):
+            with contextlib.suppress(OSError):
+                self._manifests.delete(_name(generation))
 
     def sync_manifests(self) -> None:
         self._manifests.sync()
@@ -200,12 +231,14 @@ class StoreFiles:
                 table = pa.ipc.open_file(file).read_all()
         except FileNotFoundError:
             raise
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise StoreCorrupt(f"{path}: {error}") from error
         if kind == FRAGMENTS:
             table = table.append_column("store_version", pa.array(np.full(table.num_rows, part.version)))
         if table.schema != SNAPSHOT_SCHEMA or table.num_rows != part.rows:
             raise StoreCorrupt(f"{path} does not hold what its manifest says")
+        if any(column.null_count for column in table.columns):
+            raise StoreCorrupt(f"{path} has nulls; rows of scores have none")
         return table
 
     def check_part(self, kind: str, part: Part) -> None:
@@ -222,27 +255,38 @@ class StoreFiles:
     def part_path(self, kind: str, part: Part) -> Path:
         return self._parts[kind].path / part.name
 
-    def collect(self, needed: Iterable[Manifest], newest: Manifest, grace_s: float) -> None:
+    def give_up(self, kind: str, part: Part) -> None:
+        """Remove a part that no manifest names."""
+        with contextlib.suppress(OSError):
+            self._parts[kind].delete(part.name)
+
+    def collect(self, needed: Sequence[Manifest], newest: Manifest, grace_s: float) -> bool:
         """Remove manifests that do not count any more, and files that no needed manifest has named for `grace_s`.
 
         The grace is for readers that are about to open what an older manifest named. Only the store's writer may
         collect, and not while it writes: what it has begun to write is not named yet.
+
+        Returns: False, with nothing removed, when `newest` is not the newest any more. A successor's files that are
+        listed here came after its manifest, and so before that is looked for.
         """
-        needed = list(needed)
-        generations = {manifest.generation for manifest in needed}
-        for generation in self.generations():
-            superseded = generation <= newest.generation - SUPERSEDED_MANIFESTS_KEPT
-            if superseded and generation not in generations:
-                self._manifests.delete(_name(generation))
+        kept = {manifest.generation for manifest in needed}
+        stay_from = newest.generation - SUPERSEDED_MANIFESTS_KEPT
+        superseded = [generation for generation in self.generations() if generation < stay_from]
         named = {(kind, part.name) for manifest in (*needed, newest) for kind, part in manifest.parts()}
         there = {(kind, name) for kind, folder in self._parts.items() for name in folder.names()} - named
         for kind, folder in (("", self._root), ("manifests", self._manifests), *self._parts.items()):
             there |= {(kind, name) for name in folder.temporary_names()}
+        if self.newest(newest) is not newest:
+            return False
+        for generation in superseded:
+            if generation not in kept:
+                self._manifests.delete(_name(generation))
         now = time.monotonic()
         self._unneeded = {key: self._unneeded.get(key, now - self._age(*key, newest)) for key in there}
         for (kind, name), since in self._unneeded.items():
             if now - since >= grace_s:
                 Folder(self.path / kind).delete(name)
+        return True
 
     def _age(self, kind: str, name: str, newest: Manifest) -> float:
         """Seconds for which a file that is found unneeded for the first time has been so, at least."""

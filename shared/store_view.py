@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from shared.errors import StoreError
 from shared.schema import SNAPSHOT_SCHEMA
-from shared.store_files import FRAGMENTS, SNAPSHOTS, Manifest, StoreFiles
+from shared.store_files import FRAGMENTS, SNAPSHOTS, Anchor, Manifest, Part, StoreFiles
 
 Ids = npt.NDArray[np.int64]
 
@@ -113,6 +113,35 @@ class StoreView:
             overlay = overlay.extended(newer, base)
         return StoreView(self.num_samples, manifest, base, overlay)
 
+    @property
+    def base_version(self) -> int:
+        """The snapshot's."""
+        return self.manifest.base_version if self.manifest else 0
+
+    def parts(self) -> list[tuple[str, Part]]:
+        """Folder and part of all that this view has read."""
+        return list(self.manifest.parts()) if self.manifest else []
+
+    def earlier(self) -> list[tuple[Manifest, Anchor]]:
+        """This view's manifest with each of those that it keeps."""
+        return [(self.manifest, anchor) for anchor in self.manifest.earlier] if self.manifest else []
+
+    def at(self, version: int) -> "StoreView":
+        """As it was at an earlier version, from the snapshot's on."""
+        if self.manifest is None or version == self.version:
+            return self
+        fragments = tuple(part for part in self.manifest.fragments if part.version <= version)
+        manifest = dataclasses.replace(self.manifest, version=version, fragments=fragments)
+        overlay = Overlay.empty()
+        if fragments:
+            rows = pa.concat_tables(self.overlay.tables).slice(0, sum(part.rows for part in fragments))
+            overlay = overlay.extended([rows], self.base)
+        return StoreView(self.num_samples, manifest, self.base, overlay)
+
+    def rows_ever_of(self, sample_id: int) -> pa.Table:
+        """The sample's row of the snapshot and all that came after, in no order."""
+        return pa.concat_tables(rows_with(table, sample_id) for table in (self.base, *self.overlay.tables))
+
     def latest(self) -> pa.Table:
         """The latest row of each scored sample, sorted by sample_id."""
         if not len(self.overlay.id_R):
@@ -147,8 +176,8 @@ class StoreView:
 
     def changed(self, since: int) -> pa.Table:
         """The latest rows of samples whose latest row came after store version `since`, sorted by sample_id."""
-        if self.manifest is None:
-            return NOTHING
+        if self.manifest is None or since <= 0:
+            return self.latest()
         older = sum(part.rows for part in self.manifest.fragments if part.version <= since)
         is_newer_R = self.overlay.row_R >= older
         in_base = np.zeros(0, dtype=np.int64)
@@ -183,6 +212,11 @@ def column_array(table: pa.Table, column: str) -> npt.NDArray[Any]:
         values.chunk(0).to_numpy(zero_copy_only=False) if values.num_chunks == 1 else values.to_numpy()
     )
     return array
+
+
+def rows_with(table: pa.Table, sample_id: int) -> pa.Table:
+    """The sample's rows, in the table's order."""
+    return table.take(pa.array(np.flatnonzero(column_array(table, "sample_id") == sample_id)))
 
 
 def positions(sorted_id_R: Ids, ids: Ids) -> Ids:
