@@ -260,9 +260,9 @@ class ScoreWriter:
 
     def _commit(self, rows: pa.Table, notes: Mapping[str, Any] | None, tables: int) -> None:
         version = self._manifest.version + 1
-        part, wait = self._store.begin_part(FRAGMENTS, rows, version)
+        part, write = self._store.new_part(FRAGMENTS, rows, version)
         self._advance(
-            wait,
+            write,
             _Doubt(tables, FRAGMENTS, part),
             version=version,
             committed_at=_now(),
@@ -277,11 +277,11 @@ class ScoreWriter:
         # Where an id repeats, numpy keeps the last, which is the highest.
         self._latest_version_N[ids] = np.maximum(self._latest_version_N[ids], versions)
 
-    def _advance(self, after: Callable[[], None] | None = None, doubt: "_Doubt | None" = None, **changes: Any) -> None:
+    def _advance(self, write_part: Callable[[], None] | None = None, doubt: "_Doubt | None" = None, **changes: Any) -> None:
         """Write the next manifest. Until that has worked it may be there or not: `_settle` finds out."""
         manifest = dataclasses.replace(self._manifest, generation=self._manifest.generation + 1, **changes)
         self._doubt = doubt or _Doubt()
-        is_first = self._store.write_manifest(manifest, after)
+        is_first = self._store.write_manifest(manifest, write_part)
         if not is_first or self._store.newest(manifest) is not manifest:
             if not is_first:  # else its successor may have gone on from it
                 self._doubt.give_up(self._store)
@@ -345,8 +345,8 @@ class ScoreWriter:
     def _fold(self, manifest: Manifest) -> Part:
         """A durable snapshot of the manifest's version, which nothing names yet."""
         view = StoreView.empty(self.num_samples).advance(self._store, manifest)
-        part, wait = self._store.begin_part(SNAPSHOTS, view.latest(), manifest.version)
-        wait()
+        part, write = self._store.new_part(SNAPSHOTS, view.latest(), manifest.version)
+        write()
         return part
 
     def _retain(self, snapshot: Part | None) -> None:

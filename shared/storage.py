@@ -7,14 +7,10 @@ Durable means: there after a power cut. A file's content is, once it is synced; 
 after the name was made. Nothing is assumed of the order in which a disk keeps what was not synced.
 """
 
-import contextlib
 import os
 import secrets
-import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 import psutil
@@ -76,44 +72,42 @@ class Folder:
 
     def put(self, name: str, data: "bytes | pa.Buffer") -> None:
         """Write `name`, replacing what was there."""
-        with self._temporary(name, data) as temporary:
-            os.replace(temporary, self.path / name)
-            _sync_folder(self.path)
+        draft = self.draft(name, data)
+        try:
+            os.replace(draft, self.path / name)
+        finally:
+            draft.unlink(missing_ok=True)
+        self.sync()
 
-    def create(self, name: str, data: "bytes | pa.Buffer", after: Callable[[], None] | None = None) -> bool:
-        """Write `name` unless it exists; False when it did. Of several at once, exactly one succeeds.
+    def create(self, name: str, data: "bytes | pa.Buffer") -> bool:
+        """Write `name` unless it exists; False when it did. Of several at once, exactly one succeeds."""
+        return self.publish(self.draft(name, data), name)
 
-        Args:
-            after: waits for what must be durable before the name appears, such as what the file speaks of.
-        """
-        with self._temporary(name, data) as temporary:
-            if after is not None:
-                after()
-            try:
-                os.link(temporary, self.path / name)
-            except FileExistsError:
-                if os.stat(temporary).st_nlink == 1:  # 2 when NFS asked twice for the same link
-                    return False
+    def draft(self, name: str, data: "bytes | pa.Buffer") -> Path:
+        """The first half of `create`: a durable file under a temporary name, to be published or removed."""
+        path = self.path / f".{name}.{secrets.token_hex(6)}"
+        _write_new(path, data)
+        return path
+
+    def publish(self, draft: Path, name: str) -> bool:
+        """The second half: give the draft its name unless that exists. The draft goes."""
+        try:
+            os.link(draft, self.path / name)
+        except FileExistsError:
+            if draft.stat().st_nlink == 1:  # 2 when NFS asked twice for the same link
+                return False
+        finally:
+            draft.unlink(missing_ok=True)
         self.sync()
         return True
 
-    def add(self, name: str, data: "bytes | pa.Buffer") -> Callable[[], None]:
-        """Begin to write a new file that nobody looks for yet; call the answer to wait until it is durable.
+    def add(self, name: str, data: "bytes | pa.Buffer") -> None:
+        """Write a new file that nobody looks for yet, so without a temporary name.
 
-        It is written in a thread of its own and without a temporary name: a crash can leave part of the content under
-        `name`. So the name must be told to others only afterwards.
+        A crash can leave part of the content under `name`: it must be told to others only afterwards.
         """
-
-        def write() -> None:
-            try:
-                with open(self.path / name, "xb") as file:
-                    _write_out(file, data)
-                self.sync()
-            except BaseException:
-                self.delete(name)
-                raise
-
-        return _beside(write)
+        _write_new(self.path / name, data)
+        self.sync()
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
@@ -140,40 +134,17 @@ class Folder:
         except FileNotFoundError:
             return []
 
-    @contextlib.contextmanager
-    def _temporary(self, name: str, data: "bytes | pa.Buffer") -> Iterator[Path]:
-        path = self.path / f".{name}.{secrets.token_hex(6)}"
-        try:
-            with open(path, "xb") as file:
-                _write_out(file, data)
-            yield path
-        finally:
-            path.unlink(missing_ok=True)
 
-
-def _beside(act: Callable[[], None]) -> Callable[[], None]:
-    """Do `act` in a new thread, or here and now when there can be none any more; the answer waits, and raises."""
-    done: Future[None] = Future()
-
-    def run() -> None:
-        try:
-            act()
-        except BaseException as error:
-            done.set_exception(error)
-        else:
-            done.set_result(None)
-
+def _write_new(path: Path, data: "bytes | pa.Buffer") -> None:
+    """A new file, its content durable; none when that fails."""
     try:
-        threading.Thread(target=run, name="storage").start()
-    except RuntimeError:  # Python ends
-        run()
-    return done.result
-
-
-def _write_out(file: BinaryIO, data: "bytes | pa.Buffer") -> None:
-    file.write(data)
-    file.flush()
-    os.fsync(file.fileno())
+        with open(path, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _sync_folder(path: Path) -> None:

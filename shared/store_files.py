@@ -10,8 +10,9 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import orjson
@@ -26,6 +27,7 @@ FORMAT = 2
 SUPERSEDED_MANIFESTS_KEPT = 8  # a listing may miss names that come and go while it is made, but not so many
 READ_BYTES = 1 << 24
 FRAGMENTS, SNAPSHOTS = "fragments", "snapshots"
+Answer = TypeVar("Answer")
 MANIFEST_NAME = re.compile(r"[0-9]{12}\.json")
 
 
@@ -115,6 +117,7 @@ class StoreFiles:
         self._manifests = Folder(self.path / "manifests")
         self._parts = {name: Folder(self.path / name) for name in (FRAGMENTS, SNAPSHOTS)}
         self._maps = is_mappable(self.path)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
         self._unneeded: dict[tuple[str, str], float] = {}  # folder and name -> since when, by time.monotonic
 
     def create(self, num_samples: int, scoring_id: str) -> None:
@@ -195,30 +198,45 @@ class StoreFiles:
             raise StoreCorrupt(f"{path}, kept for versions {anchor.first} to {anchor.last}, is missing; restore it")
         return found
 
-    def write_manifest(self, manifest: Manifest, after: Callable[[], None] | None = None) -> bool:
+    def write_manifest(self, manifest: Manifest, write_part: Callable[[], None] | None = None) -> bool:
         """Write it durably unless its generation is taken; whether that was free.
 
         Args:
-            after: waits until all that the manifest names is durable.
+            write_part: makes durable what the manifest names, beside this and before the manifest appears.
         """
-        return self._manifests.create(_name(manifest.generation), manifest.dump(), after)
+        name = _name(manifest.generation)
+        if write_part is None:
+            return self._manifests.create(name, manifest.dump())
+        draft = self._beside(lambda: self._manifests.draft(name, manifest.dump()))
+        try:
+            write_part()
+        except BaseException:
+            draft().unlink(missing_ok=True)
+            raise
+        return self._manifests.publish(draft(), name)
 
     def drop_superseded(self, newest: Manifest) -> None:
-        """Remove the manifest that `newest` moves out of those that stay for a while; `collect` finds what is left."""
+        """Remove the manifest that `newest` moves out of those that stay for a while, beside what comes next."""
         generation = newest.generation - SUPERSEDED_MANIFESTS_KEPT - 1
         if all(anchor.generation != generation for anchor in newest.earlier):
-            with contextlib.suppress(OSError):
-                self._manifests.delete(_name(generation))
+            self._beside(lambda: self._manifests.delete(_name(generation)))  # `collect` finds it when that fails
+
+    def _beside(self, act: Callable[[], Answer]) -> Callable[[], Answer]:
+        """Do `act` in the one other thread; the answer waits for it."""
+        try:
+            return self._thread.submit(act).result
+        except RuntimeError:  # Python ends and starts no more threads
+            return act
 
     def sync_manifests(self) -> None:
         self._manifests.sync()
 
-    def begin_part(self, kind: str, rows: pa.Table, version: int) -> tuple[Part, Callable[[], None]]:
-        """Begin to write a part, and what waits until it is durable."""
+    def new_part(self, kind: str, rows: pa.Table, version: int) -> tuple[Part, Callable[[], None]]:
+        """A part, and what writes it durably."""
         data = arrow_file(rows)
         name = f"{version:012d}-{secrets.token_hex(8)}.arrow"
-        wait = self._parts[kind].add(name, data)
-        return Part(name, rows.num_rows, data.size, _checksum(data), version), wait
+        part = Part(name, rows.num_rows, data.size, _checksum(data), version)
+        return part, lambda: self._parts[kind].add(name, data)
 
     def read_part(self, kind: str, part: Part) -> pa.Table:
         """The part's rows with store_version, memory-mapped on a local disk. FileNotFoundError when it is gone."""
