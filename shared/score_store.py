@@ -52,7 +52,7 @@ import pyarrow as pa
 
 from shared.errors import ConfigError, DataError, Fenced, StoreCorrupt, StoreError, StoreMismatch
 from shared.schema import SCORE_SCHEMA
-from shared.store_files import FRAGMENTS, SNAPSHOTS, Anchor, Manifest, Part, StoreFiles
+from shared.store_files import FRAGMENTS, SNAPSHOTS, Anchor, Manifest, NewPart, StoreFiles
 from shared.store_view import StoreView, column_array, last_rows, rows_with, stable_order
 
 logger = logging.getLogger(__name__)
@@ -183,10 +183,7 @@ class ScoreWriter:
             with self._pending_lock:
                 pending, self._pending = self._pending, []
             try:
-                rows = self._without_known(pa.concat_tables(pending)) if pending else SCORE_SCHEMA.empty_table()
-                if rows.num_rows:
-                    self._commit(rows, notes, len(pending))
-                elif notes is not None and notes != self._manifest.metadata:
+                if not (pending and self._commit(pending, notes)) and notes not in (None, self._manifest.metadata):
                     self._advance(metadata=notes)
             except BaseException:
                 with self._pending_lock:
@@ -204,11 +201,14 @@ class ScoreWriter:
                 self._check_open()
                 self._settle()
                 manifest = self._manifest
-            snapshot = self._fold(manifest) if manifest.fragments else None
+            folded = self._fold(manifest) if manifest.fragments else None
             with self._commit_lock:
                 self._check_open()
                 self._settle()
-                self._retain(snapshot)
+                if folded:
+                    self._replace_by(folded)
+                else:
+                    self._retain()
                 kept = [self._store.read_kept(anchor, self._manifest) for anchor in self._manifest.earlier]
                 if not self._store.collect([m for m in kept if m is not None], self._manifest, self._grace_s):
                     self._fence()
@@ -258,16 +258,23 @@ class ScoreWriter:
             if self._store.write_manifest(manifest) and self._store.newest(manifest) is manifest:
                 return manifest
 
-    def _commit(self, rows: pa.Table, notes: Mapping[str, Any] | None, tables: int) -> None:
+    def _commit(self, pending: Sequence[pa.Table], notes: Mapping[str, Any] | None) -> bool:
+        """Whether there was a row that is not known yet."""
         version = self._manifest.version + 1
-        part, write = self._store.new_part(FRAGMENTS, rows, version)
+        everything = pa.concat_tables(pending)
+        fragment = self._store.begin_part(FRAGMENTS, everything, version)  # almost always all are new
+        rows = self._without_known(everything)
+        if rows.num_rows < everything.num_rows:
+            fragment.give_up()
+            if not rows.num_rows:
+                return False
+            fragment = self._store.begin_part(FRAGMENTS, rows, version)
         self._advance(
-            write,
-            _Doubt(tables, FRAGMENTS, part),
+            _Doubt(len(pending), fragment),
             version=version,
             committed_at=_now(),
             rows=self._manifest.rows + rows.num_rows,
-            fragments=(*self._manifest.fragments, part),
+            fragments=(*self._manifest.fragments, fragment.part()),
             metadata=self._manifest.metadata if notes is None else notes,
         )
         ids, versions = column_array(rows, "sample_id"), column_array(rows, "model_version")
@@ -276,15 +283,16 @@ class ScoreWriter:
             ids, versions = ids[by_version], versions[by_version]
         # Where an id repeats, numpy keeps the last, which is the highest.
         self._latest_version_N[ids] = np.maximum(self._latest_version_N[ids], versions)
+        return True
 
-    def _advance(self, write_part: Callable[[], None] | None = None, doubt: "_Doubt | None" = None, **changes: Any) -> None:
+    def _advance(self, doubt: "_Doubt | None" = None, **changes: Any) -> None:
         """Write the next manifest. Until that has worked it may be there or not: `_settle` finds out."""
         manifest = dataclasses.replace(self._manifest, generation=self._manifest.generation + 1, **changes)
         self._doubt = doubt or _Doubt()
-        is_first = self._store.write_manifest(manifest, write_part)
-        if not is_first or self._store.newest(manifest) is not manifest:
-            if not is_first:  # else its successor may have gone on from it
-                self._doubt.give_up(self._store)
+        is_free = self._store.write_manifest(manifest, self._doubt.part)
+        if not is_free:
+            self._doubt.give_up()  # else a successor may have gone on from it
+        if not is_free or self._store.newest(manifest) is not manifest:
             self._fence()
         self._manifest, self._doubt = manifest, None
         self._store.drop_superseded(manifest)
@@ -306,7 +314,7 @@ class ScoreWriter:
             with self._pending_lock:
                 del self._pending[: doubt.tables]
         else:
-            doubt.give_up(self._store)
+            doubt.give_up()
 
     def _without_known(self, rows: pa.Table) -> pa.Table:
         """Drop rows that are a sample's latest already, to the last bit: a scorer may send a block twice."""
@@ -342,25 +350,29 @@ class ScoreWriter:
         except (OSError, StoreError) as error:  # the rows are committed; compaction is tried again after a next commit
             logger.warning("the score store could not be compacted now: %s", error)
 
-    def _fold(self, manifest: Manifest) -> Part:
+    def _fold(self, manifest: Manifest) -> NewPart:
         """A durable snapshot of the manifest's version, which nothing names yet."""
         view = StoreView.empty(self.num_samples).advance(self._store, manifest)
-        part, write = self._store.new_part(SNAPSHOTS, view.latest(), manifest.version)
-        write()
-        return part
+        snapshot = self._store.begin_part(SNAPSHOTS, view.latest(), manifest.version)
+        snapshot.wait()
+        return snapshot
 
-    def _retain(self, snapshot: Part | None) -> None:
+    def _replace_by(self, snapshot: NewPart) -> None:
         """The snapshot in place of what it holds; what was before stays readable as far as retention says."""
-        before = self._manifest
-        if snapshot is None:
-            earlier = self._retention.kept(before.earlier, before.base_version, before.version)
-            if earlier != before.earlier:
-                self._advance(earlier=earlier)
-            return
-        earlier = self._retention.kept((*before.earlier, before.anchor), snapshot.version, before.version)
-        fragments = tuple(part for part in before.fragments if part.version > snapshot.version)
-        doubt = _Doubt(0, SNAPSHOTS, snapshot)
-        self._advance(doubt=doubt, snapshot=snapshot, fragments=fragments, earlier=earlier)
+        before, part = self._manifest, snapshot.part()
+        self._advance(
+            _Doubt(part=snapshot),
+            snapshot=part,
+            fragments=tuple(fragment for fragment in before.fragments if fragment.version > part.version),
+            earlier=self._retention.kept((*before.earlier, before.anchor), part.version, before.version),
+        )
+
+    def _retain(self) -> None:
+        """Let go of earlier versions that are not kept any more."""
+        now = self._manifest
+        earlier = self._retention.kept(now.earlier, now.base_version, now.version)
+        if earlier != now.earlier:
+            self._advance(earlier=earlier)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -368,12 +380,11 @@ class _Doubt:
     """A manifest that may be there or not: of how many pending tables it brings the rows, and the part made for it."""
 
     tables: int = 0
-    kind: str = FRAGMENTS
-    part: Part | None = None
+    part: NewPart | None = None
 
-    def give_up(self, store: StoreFiles) -> None:
+    def give_up(self) -> None:
         if self.part is not None:
-            store.give_up(self.kind, self.part)
+            self.part.give_up()
 
 
 class ScoreReader:

@@ -25,6 +25,7 @@ from shared.storage import Folder, is_mappable
 
 FORMAT = 2
 SUPERSEDED_MANIFESTS_KEPT = 8  # a listing may miss names that come and go while it is made, but not so many
+DROPPED_AT_ONCE = 8
 READ_BYTES = 1 << 24
 FRAGMENTS, SNAPSHOTS = "fragments", "snapshots"
 Answer = TypeVar("Answer")
@@ -198,28 +199,34 @@ class StoreFiles:
             raise StoreCorrupt(f"{path}, kept for versions {anchor.first} to {anchor.last}, is missing; restore it")
         return found
 
-    def write_manifest(self, manifest: Manifest, write_part: Callable[[], None] | None = None) -> bool:
+    def write_manifest(self, manifest: Manifest, part: "NewPart | None" = None) -> bool:
         """Write it durably unless its generation is taken; whether that was free.
 
         Args:
-            write_part: makes durable what the manifest names, beside this and before the manifest appears.
+            part: what it names and may not be durable yet; it is before the manifest appears.
         """
         name = _name(manifest.generation)
-        if write_part is None:
-            return self._manifests.create(name, manifest.dump())
-        draft = self._beside(lambda: self._manifests.draft(name, manifest.dump()))
+        draft = self._manifests.draft(name, manifest.dump())
         try:
-            write_part()
+            if part is not None:
+                part.wait()
         except BaseException:
-            draft().unlink(missing_ok=True)
+            draft.unlink(missing_ok=True)
             raise
-        return self._manifests.publish(draft(), name)
+        return self._manifests.publish(draft, name)
 
     def drop_superseded(self, newest: Manifest) -> None:
-        """Remove the manifest that `newest` moves out of those that stay for a while, beside what comes next."""
-        generation = newest.generation - SUPERSEDED_MANIFESTS_KEPT - 1
-        if all(anchor.generation != generation for anchor in newest.earlier):
-            self._beside(lambda: self._manifests.delete(_name(generation)))  # `collect` finds it when that fails
+        """Remove manifests that `newest` moves out of those that stay for a while, beside what comes next."""
+        kept = {anchor.generation for anchor in newest.earlier}
+
+        def drop() -> None:
+            last = newest.generation - SUPERSEDED_MANIFESTS_KEPT
+            for generation in range(last - DROPPED_AT_ONCE, last):
+                if generation not in kept:
+                    self._manifests.delete(_name(generation))
+
+        if newest.generation % DROPPED_AT_ONCE == 0:
+            self._beside(drop)  # `collect` finds what is left when that fails
 
     def _beside(self, act: Callable[[], Answer]) -> Callable[[], Answer]:
         """Do `act` in the one other thread; the answer waits for it."""
@@ -231,12 +238,8 @@ class StoreFiles:
     def sync_manifests(self) -> None:
         self._manifests.sync()
 
-    def new_part(self, kind: str, rows: pa.Table, version: int) -> tuple[Part, Callable[[], None]]:
-        """A part, and what writes it durably."""
-        data = arrow_file(rows)
-        name = f"{version:012d}-{secrets.token_hex(8)}.arrow"
-        part = Part(name, rows.num_rows, data.size, _checksum(data), version)
-        return part, lambda: self._parts[kind].add(name, data)
+    def begin_part(self, kind: str, rows: pa.Table, version: int) -> "NewPart":
+        return NewPart(self._parts[kind], rows, version, self._beside)
 
     def read_part(self, kind: str, part: Part) -> pa.Table:
         """The part's rows with store_version, memory-mapped on a local disk. FileNotFoundError when it is gone."""
@@ -272,11 +275,6 @@ class StoreFiles:
 
     def part_path(self, kind: str, part: Part) -> Path:
         return self._parts[kind].path / part.name
-
-    def give_up(self, kind: str, part: Part) -> None:
-        """Remove a part that no manifest names."""
-        with contextlib.suppress(OSError):
-            self._parts[kind].delete(part.name)
 
     def collect(self, needed: Sequence[Manifest], newest: Manifest, grace_s: float) -> bool:
         """Remove manifests that do not count any more, and files that no needed manifest has named for `grace_s`.
@@ -315,6 +313,31 @@ class StoreFiles:
             return max(time.time() - max(path.stat().st_mtime for path in paths), 0.0)
         except FileNotFoundError:
             return 0.0
+
+
+class NewPart:
+    """A part in the making, which no manifest names yet. Another thread writes it."""
+
+    def __init__(
+        self, folder: Folder, rows: pa.Table, version: int, beside: Callable[[Callable[[], None]], Callable[[], None]]
+    ) -> None:
+        self._folder, self._rows, self._version = folder, rows.num_rows, version
+        self._name = f"{version:012d}-{secrets.token_hex(8)}.arrow"
+        self._data = data = arrow_file(rows)
+        self.wait = beside(lambda: folder.add(self._name, data))
+        """Waits until it is durable."""
+        time.sleep(0)  # lets the other thread begin
+
+    def part(self) -> Part:
+        """How a manifest names it."""
+        return Part(self._name, self._rows, self._data.size, _checksum(self._data), self._version)
+
+    def give_up(self) -> None:
+        """Remove it: nothing will name it."""
+        with contextlib.suppress(OSError):  # `collect` finds it
+            self.wait()
+        with contextlib.suppress(OSError):
+            self._folder.delete(self._name)
 
 
 def _name(generation: int) -> str:
