@@ -277,12 +277,6 @@ class ScoreWriter:
             fragments=(*self._manifest.fragments, fragment.part()),
             metadata=self._manifest.metadata if notes is None else notes,
         )
-        ids, versions = column_array(rows, "sample_id"), column_array(rows, "model_version")
-        if (versions[1:] < versions[:-1]).any():
-            by_version = stable_order(versions)
-            ids, versions = ids[by_version], versions[by_version]
-        # Where an id repeats, numpy keeps the last, which is the highest.
-        self._latest_version_N[ids] = np.maximum(self._latest_version_N[ids], versions)
         return True
 
     def _advance(self, doubt: "_Doubt | None" = None, **changes: Any) -> None:
@@ -307,8 +301,8 @@ class ScoreWriter:
         doubt, is_made = self._doubt, found is not self._manifest
         if is_made:
             self._store.sync_manifests()  # that it can be read does not say that it would survive a power cut
-            self._reader.refresh()
-            self._latest_version_N = self._reader.dense("model_version")
+        self._reader.refresh()
+        self._latest_version_N = self._reader.dense("model_version")
         self._manifest, self._doubt = found, None
         if is_made:
             with self._pending_lock:
@@ -319,7 +313,12 @@ class ScoreWriter:
     def _without_known(self, rows: pa.Table) -> pa.Table:
         """Drop rows that are a sample's latest already, to the last bit: a scorer may send a block twice."""
         ids, versions = column_array(rows, "sample_id"), column_array(rows, "model_version")
-        suspects = np.flatnonzero(self._latest_version_N[ids] == versions)
+        latest = self._latest_version_N[ids]
+        suspects = np.flatnonzero(latest == versions)
+        if len(versions) and versions.min() == versions.max():
+            self._latest_version_N[ids] = np.maximum(latest, versions)
+        else:
+            np.maximum.at(self._latest_version_N, ids, versions)
         if not len(suspects):
             return rows
         self._reader.refresh()

@@ -137,14 +137,17 @@ class Folder:
 
 def _write_new(path: Path, data: "bytes | pa.Buffer") -> None:
     """A new file, its content durable; none when that fails."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
     try:
-        with open(path, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        left = memoryview(data)
+        while len(left):
+            left = left[os.write(descriptor, left) :]
+        os.fsync(descriptor)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(descriptor)
 
 
 def _sync_folder(path: Path) -> None:
