@@ -53,7 +53,7 @@ import pyarrow as pa
 from shared.errors import ConfigError, DataError, Fenced, StoreCorrupt, StoreError, StoreMismatch
 from shared.schema import SCORE_SCHEMA
 from shared.store_files import FRAGMENTS, SNAPSHOTS, Anchor, Manifest, NewPart, StoreFiles
-from shared.store_view import StoreView, column_array, last_rows, rows_with, stable_order
+from shared.store_view import StoreView, column_array, last_rows, rows_with
 
 logger = logging.getLogger(__name__)
 
@@ -231,6 +231,7 @@ class ScoreWriter:
         if self._compactor is not None:
             self._compactor.join()
         self._state = "closed"
+        self._store.close()
 
     def __enter__(self) -> "ScoreWriter":
         return self
@@ -289,7 +290,7 @@ class ScoreWriter:
         if not is_free or self._store.newest(manifest) is not manifest:
             self._fence()
         self._manifest, self._doubt = manifest, None
-        self._store.drop_superseded(manifest)
+        self._store.prepare(manifest)
 
     def _settle(self) -> None:
         """After a failed manifest write: was it made after all? Then go on from it, and its rows are not pending."""

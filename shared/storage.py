@@ -52,10 +52,11 @@ def is_mappable(path: Path) -> bool:
 
 
 class Folder:
-    """One folder. A name is visible only with its whole content but for `add`; all that is written is durable."""
+    """One folder. A name is visible only with its whole content; all that is written is durable."""
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
         self.path = local_path(uri)
+        self._spares: list[Path] = []
 
     def make(self) -> "Folder":
         """Create the folder when it is not there, durably; also one that somebody created and could not make so."""
@@ -72,22 +73,35 @@ class Folder:
 
     def put(self, name: str, data: "bytes | pa.Buffer") -> None:
         """Write `name`, replacing what was there."""
-        draft = self.draft(name, data)
+        draft = self.draft(data)
         try:
             os.replace(draft, self.path / name)
-        finally:
+        except BaseException:
             draft.unlink(missing_ok=True)
+            raise
         self.sync()
 
     def create(self, name: str, data: "bytes | pa.Buffer") -> bool:
         """Write `name` unless it exists; False when it did. Of several at once, exactly one succeeds."""
-        return self.publish(self.draft(name, data), name)
+        return self.publish(self.draft(data), name)
 
-    def draft(self, name: str, data: "bytes | pa.Buffer") -> Path:
+    def draft(self, data: "bytes | pa.Buffer") -> Path:
         """The first half of `create`: a durable file under a temporary name, to be published or removed."""
-        path = self.path / f".{name}.{secrets.token_hex(6)}"
-        _write_new(path, data)
+        path = self._spares.pop() if self._spares else self._temporary()
+        _write_out(path, data)
         return path
+
+    def prepare(self) -> None:
+        """Have an empty file ready for the next `draft`: to make one is a good part of its time."""
+        if not self._spares:
+            path = self._temporary()
+            os.close(_open(path))
+            self._spares.append(path)
+
+    def tidy(self) -> None:
+        """Remove what `prepare` made and nobody used."""
+        while self._spares:
+            self._spares.pop().unlink(missing_ok=True)
 
     def publish(self, draft: Path, name: str) -> bool:
         """The second half: give the draft its name unless that exists. The draft goes."""
@@ -100,14 +114,6 @@ class Folder:
             draft.unlink(missing_ok=True)
         self.sync()
         return True
-
-    def add(self, name: str, data: "bytes | pa.Buffer") -> None:
-        """Write a new file that nobody looks for yet, so without a temporary name.
-
-        A crash can leave part of the content under `name`: it must be told to others only afterwards.
-        """
-        _write_new(self.path / name, data)
-        self.sync()
 
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
@@ -128,6 +134,9 @@ class Folder:
         """Remove `name`; nothing happens when it is not there."""
         (self.path / name).unlink(missing_ok=True)
 
+    def _temporary(self) -> Path:
+        return self.path / f".draft-{secrets.token_hex(8)}"
+
     def _listing(self) -> list[str]:
         try:
             return sorted(os.listdir(self.path))
@@ -135,12 +144,12 @@ class Folder:
             return []
 
 
-def _write_new(path: Path, data: "bytes | pa.Buffer") -> None:
-    """A new file, its content durable; none when that fails."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+def _write_out(path: Path, data: "bytes | pa.Buffer") -> None:
+    """All that the file holds, durably; no file when that fails."""
+    descriptor = _open(path)
     try:
         left = memoryview(data)
-        while len(left):
+        while left:
             left = left[os.write(descriptor, left) :]
         os.fsync(descriptor)
     except BaseException:
@@ -148,6 +157,10 @@ def _write_new(path: Path, data: "bytes | pa.Buffer") -> None:
         raise
     finally:
         os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT, 0o666)
 
 
 def _sync_folder(path: Path) -> None:

@@ -25,7 +25,6 @@ from shared.storage import Folder, is_mappable
 
 FORMAT = 2
 SUPERSEDED_MANIFESTS_KEPT = 8  # a listing may miss names that come and go while it is made, but not so many
-DROPPED_AT_ONCE = 8
 READ_BYTES = 1 << 24
 FRAGMENTS, SNAPSHOTS = "fragments", "snapshots"
 Answer = TypeVar("Answer")
@@ -118,7 +117,7 @@ class StoreFiles:
         self._manifests = Folder(self.path / "manifests")
         self._parts = {name: Folder(self.path / name) for name in (FRAGMENTS, SNAPSHOTS)}
         self._maps = is_mappable(self.path)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="store")
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="store")
         self._unneeded: dict[tuple[str, str], float] = {}  # folder and name -> since when, by time.monotonic
 
     def create(self, num_samples: int, scoring_id: str) -> None:
@@ -206,7 +205,7 @@ class StoreFiles:
             part: what it names and may not be durable yet; it is before the manifest appears.
         """
         name = _name(manifest.generation)
-        draft = self._manifests.draft(name, manifest.dump())
+        draft = self._manifests.draft(manifest.dump())
         try:
             if part is not None:
                 part.wait()
@@ -215,23 +214,29 @@ class StoreFiles:
             raise
         return self._manifests.publish(draft, name)
 
-    def drop_superseded(self, newest: Manifest) -> None:
-        """Remove manifests that `newest` moves out of those that stay for a while, beside what comes next."""
-        kept = {anchor.generation for anchor in newest.earlier}
+    def prepare(self, newest: Manifest) -> None:
+        """Beside what comes next: have files ready, and remove the manifest that was superseded long enough ago."""
+        superseded = newest.generation - SUPERSEDED_MANIFESTS_KEPT - 1
 
-        def drop() -> None:
-            last = newest.generation - SUPERSEDED_MANIFESTS_KEPT
-            for generation in range(last - DROPPED_AT_ONCE, last):
-                if generation not in kept:
-                    self._manifests.delete(_name(generation))
+        def prepare() -> None:  # what fails here is made, or collected, later
+            self._parts[FRAGMENTS].prepare()
+            self._manifests.prepare()
+            if all(anchor.generation != superseded for anchor in newest.earlier):
+                self._manifests.delete(_name(superseded))
 
-        if newest.generation % DROPPED_AT_ONCE == 0:
-            self._beside(drop)  # `collect` finds what is left when that fails
+        self._beside(prepare)
+
+    def close(self) -> None:
+        """Remove what was prepared."""
+        self._threads.shutdown()
+        for folder in (self._parts[FRAGMENTS], self._manifests):
+            with contextlib.suppress(OSError):
+                folder.tidy()
 
     def _beside(self, act: Callable[[], Answer]) -> Callable[[], Answer]:
-        """Do `act` in the one other thread; the answer waits for it."""
+        """Do `act` in another thread; the answer waits for it."""
         try:
-            return self._thread.submit(act).result
+            return self._threads.submit(act).result
         except RuntimeError:  # Python ends and starts no more threads
             return act
 
@@ -324,7 +329,7 @@ class NewPart:
         self._folder, self._rows, self._version = folder, rows.num_rows, version
         self._name = f"{version:012d}-{secrets.token_hex(8)}.arrow"
         self._data = data = arrow_file(rows)
-        self.wait = beside(lambda: folder.add(self._name, data))
+        self.wait = beside(lambda: folder.put(self._name, data))
         """Waits until it is durable."""
         time.sleep(0)  # lets the other thread begin
 
