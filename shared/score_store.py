@@ -36,13 +36,14 @@ grace period. A store of another format is refused with a message that says whic
 There is no rename, no append to a file, no lock: a store on an object store needs nothing else.
 """
 
+import contextlib
 import dataclasses
 import datetime
 import logging
 import os
 import secrets
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -57,9 +58,12 @@ from shared.store_view import StoreView, column_array, last_rows, rows_with
 
 logger = logging.getLogger(__name__)
 
-COMPACT_AFTER_FRAGMENTS = 64  # and when they hold this share of the snapshot's rows, or are very many
+COMPACT_AFTER_FRAGMENTS = 64  # when they hold this share of the snapshot's rows, or in any case
 COMPACT_AT_SHARE = 0.25
-MOST_FRAGMENTS = 256
+COMPACT_AFTER_MOST_FRAGMENTS = 256
+COMPACT_AFTER_ROWS = 1 << 16  # in fragments, or this many of each sample if that is more
+COMPACT_AFTER_SCORINGS = 2
+MOST_DEBT = 4.0  # so often what makes a compaction due: then commits wait for it
 GRACE_S = 60.0  # a reader may still be opening what a manifest of this age names
 
 Uri = str | os.PathLike[str]
@@ -133,7 +137,7 @@ class ScoreWriter:
         self._token = secrets.token_hex(8)
         self._pending: list[pa.Table] = []
         self._pending_lock = threading.Lock()
-        self._commit_lock = threading.Lock()
+        self._turn_lock, self._commit_lock = threading.Lock(), threading.Lock()
         self._compaction_lock = threading.Lock()
         self._compactor: threading.Thread | None = None
         self._state = "open"
@@ -172,14 +176,13 @@ class ScoreWriter:
     def commit(self, metadata: Mapping[str, Any] | None = None) -> int:
         """Make all appended rows visible and durable; returns the store version.
 
-        Without new rows the version stays; new `metadata` is written all the same.
+        Without new rows the version stays; new `metadata` is written all the same. Where compaction falls far behind,
+        this waits for it, so that a store can always be opened soon.
 
         Raises Fenced when another writer took over. After an OSError the rows are still pending: commit again.
         """
         notes = None if metadata is None else orjson.loads(orjson.dumps(metadata, option=orjson.OPT_SERIALIZE_NUMPY))
-        with self._commit_lock:
-            self._check_open()
-            self._settle()
+        with self._turn():
             with self._pending_lock:
                 pending, self._pending = self._pending, []
             try:
@@ -189,26 +192,23 @@ class ScoreWriter:
                 with self._pending_lock:
                     self._pending = pending + self._pending
                 raise
-            if self._is_due():
-                self._compactor = threading.Thread(target=self._compact_quietly, name="compactor", daemon=True)
-                self._compactor.start()
-            return self._manifest.version
+            version, debt = self._manifest.version, self._debt()
+            compactor = self._compacting() if debt >= 1 else None
+        if compactor is not None and debt >= MOST_DEBT:
+            compactor.join()
+        return version
 
     def compact(self) -> None:
         """Fold snapshot and fragments into one snapshot and remove what nothing needs. No new version."""
         with self._compaction_lock:
-            with self._commit_lock:
-                self._check_open()
-                self._settle()
+            with self._turn():
                 manifest = self._manifest
-            folded = self._fold(manifest) if manifest.fragments else None
-            with self._commit_lock:
-                self._check_open()
-                self._settle()
-                if folded:
-                    self._replace_by(folded)
-                else:
+            snapshot = self._fold(manifest) if manifest.fragments else None
+            with self._turn():
+                if snapshot is None:
                     self._retain()
+                else:
+                    self._replace_by(snapshot)
                 kept = [self._store.read_kept(anchor, self._manifest) for anchor in self._manifest.earlier]
                 if not self._store.collect([m for m in kept if m is not None], self._manifest, self._grace_s):
                     self._fence()
@@ -244,6 +244,28 @@ class ScoreWriter:
             raise StoreError("this ScoreWriter is closed; open a new one")
         if self._state == "fenced":
             self._fence()
+
+    @contextlib.contextmanager
+    def _turn(self) -> Iterator[None]:
+        """To write manifests. Who waits comes next: a writer that commits without pause lets its compaction pass."""
+        with self._turn_lock:
+            self._commit_lock.acquire()
+        try:
+            with self._fenced_when_missing():
+                self._check_open()
+                self._settle()
+                yield
+        finally:
+            self._commit_lock.release()
+
+    @contextlib.contextmanager
+    def _fenced_when_missing(self) -> Iterator[None]:
+        """A successor removes what it does not need, also what this writer reads or is writing."""
+        try:
+            yield
+        except FileNotFoundError:
+            self._newest()
+            raise
 
     def _fence(self) -> NoReturn:
         self._state = "fenced"
@@ -292,13 +314,18 @@ class ScoreWriter:
         self._manifest, self._doubt = manifest, None
         self._store.prepare(manifest)
 
+    def _newest(self) -> Manifest:
+        """Raises Fenced when it is another writer's."""
+        newest = self._store.newest(self._manifest)
+        if newest is None or newest.writer != self._token:
+            self._fence()
+        return newest
+
     def _settle(self) -> None:
         """After a failed manifest write: was it made after all? Then go on from it, and its rows are not pending."""
         if self._doubt is None:
             return
-        found = self._store.newest(self._manifest)
-        if found is None or found.writer != self._token:
-            self._fence()
+        found = self._newest()
         doubt, is_made = self._doubt, found is not self._manifest
         if is_made:
             self._store.sync_manifests()  # that it can be read does not say that it would survive a power cut
@@ -336,13 +363,22 @@ class ScoreWriter:
         keep[suspects] = np.isin(ids[suspects], ids[suspects][~same])
         return rows.filter(pa.array(keep))
 
-    def _is_due(self) -> bool:
+    def _debt(self) -> float:
+        """How much there is to compact; 1 when it is due."""
         fragments, snapshot = self._manifest.fragments, self._manifest.snapshot
-        if self._compactor is not None and self._compactor.is_alive():
-            return False
         rows = sum(part.rows for part in fragments)
-        is_much = rows >= COMPACT_AT_SHARE * (snapshot.rows if snapshot else 0)
-        return len(fragments) >= MOST_FRAGMENTS or (len(fragments) >= COMPACT_AFTER_FRAGMENTS and is_much)
+        is_share = rows >= COMPACT_AT_SHARE * (snapshot.rows if snapshot else 0)
+        return max(
+            len(fragments) / (COMPACT_AFTER_FRAGMENTS if is_share else COMPACT_AFTER_MOST_FRAGMENTS),
+            rows / max(COMPACT_AFTER_ROWS, COMPACT_AFTER_SCORINGS * self.num_samples),
+        )
+
+    def _compacting(self) -> threading.Thread:
+        """The compaction that goes on, or a new one."""
+        if self._compactor is None or not self._compactor.is_alive():
+            self._compactor = threading.Thread(target=self._compact_quietly, name="compactor", daemon=True)
+            self._compactor.start()
+        return self._compactor
 
     def _compact_quietly(self) -> None:
         try:
@@ -352,10 +388,11 @@ class ScoreWriter:
 
     def _fold(self, manifest: Manifest) -> NewPart:
         """A durable snapshot of the manifest's version, which nothing names yet."""
-        view = StoreView.empty(self.num_samples).advance(self._store, manifest)
-        snapshot = self._store.begin_part(SNAPSHOTS, view.latest(), manifest.version)
-        snapshot.wait()
-        return snapshot
+        with self._fenced_when_missing():
+            view = StoreView.empty(self.num_samples).advance(self._store, manifest)
+            snapshot = self._store.begin_part(SNAPSHOTS, view.latest(), manifest.version)
+            snapshot.wait()
+            return snapshot
 
     def _replace_by(self, snapshot: NewPart) -> None:
         """The snapshot in place of what it holds; what was before stays readable as far as retention says."""

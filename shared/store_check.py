@@ -56,7 +56,10 @@ def stats(uri: str | os.PathLike[str]) -> dict[str, Any]:
     """What the store holds and how much room it takes, in bytes. Raises StoreError, StoreCorrupt."""
     store = StoreFiles(uri)
     description = store.describe()
-    newest, *earlier = manifests(store)
+    found = manifests(store)
+    if not found:
+        raise StoreError(f"{store.path} has no manifest yet; a ScoreWriter writes the first one")
+    newest, *earlier = found
     named = {(kind, part.name): part.bytes for m in (newest, *earlier) for kind, part in m.parts()}
     there = {}
     for kind in (FRAGMENTS, SNAPSHOTS):
@@ -84,10 +87,10 @@ def stats(uri: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def manifests(store: StoreFiles) -> list[Manifest]:
-    """The newest, and those that it keeps for earlier versions. Raises StoreError when there is none, StoreCorrupt."""
+    """The newest, and those that it keeps for earlier versions; none before a writer's first. Raises StoreCorrupt."""
     newest = store.newest()
     if newest is None:
-        raise StoreError(f"{store.path} has no manifest; a ScoreWriter writes the first one")
+        return []
     kept = [store.read_kept(anchor, newest) for anchor in newest.earlier]
     return [newest, *(manifest for manifest in kept if manifest is not None)]
 

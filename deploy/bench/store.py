@@ -1,5 +1,6 @@
 """`steppe bench store`: what the score store costs, beside what the disk and other stores make of the same rows."""
 
+import itertools
 import os
 import shutil
 import sqlite3
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ BATCH_ROWS = 8192
 CHANGED_SHARE = 0.01
 REFRESHES = 5
 OTHERS_BATCHES = 20
+SERIES = 20
 
 MEMORY = """
 import sys
@@ -107,26 +109,51 @@ def _refreshes(writer: ScoreWriter, uri: Path, rng: np.random.Generator) -> dict
 
 
 def _commits(writer: ScoreWriter, place: str, rng: np.random.Generator, repeats: int) -> dict[str, Any]:
-    """Durable commits, each in turn with the floor: the rows as one file, synced and renamed, and its folder synced."""
-    folder = Path(place) / "floor"
-    folder.mkdir()
-    ours, floor = [], []
-    for repeat in range(repeats):
-        rows = _rows(rng.permutation(writer.num_samples)[:BATCH_ROWS], 100 + repeat, rng)
-        began = time.perf_counter()
-        _raw(folder, repeat, rows)
-        between = time.perf_counter()
+    """Durable commits beside the floor: the rows as one file, synced and renamed, and its folder synced.
+
+    In turn, now one first and now the other, with the time between them that it takes to make rows; and as series
+    without a pause, of rows made before, in which a writer cannot get ready for what comes.
+    """
+    (Path(place) / "floor").mkdir()
+    numbers = itertools.count()
+
+    def floor(rows: pa.Table) -> None:
+        _raw(Path(place) / "floor", next(numbers), rows)
+
+    def commit(rows: pa.Table) -> None:
         writer.append(rows)
         writer.commit()
-        ours.append(time.perf_counter() - between)
-        floor.append(between - began)
+
+    def batches(count: int) -> Iterator[pa.Table]:
+        for _ in range(count):
+            yield _rows(rng.permutation(writer.num_samples)[:BATCH_ROWS], 100 + next(numbers), rng)
+
+    turns: dict[Callable[[pa.Table], None], list[float]] = {floor: [], commit: []}
+    for turn, rows in enumerate(batches(repeats)):
+        for act in list(turns)[:: 1 if turn % 2 else -1]:
+            turns[act] += _seconds(act, [rows])
+    series: dict[Callable[[pa.Table], None], list[float]] = {floor: [], commit: []}
+    for _ in range(max(repeats // SERIES, 1)):
+        made = list(batches(SERIES))
+        for act in series:
+            series[act] += _seconds(act, made)
     return {
-        "commit_ms": _ms(ours),
-        "floor_ms": _ms(floor),
-        "floor_to_commit": round(statistics.median(floor) / statistics.median(ours), 3),
-        "commit_p99_ms": round(1e3 * float(np.quantile(ours, 0.99)), 3),
-        "rows_per_s": round(BATCH_ROWS / statistics.median(ours)),
+        "commit_ms": _ms(turns[commit]),
+        "floor_ms": _ms(turns[floor]),
+        "floor_to_commit": round(statistics.median(turns[floor]) / statistics.median(turns[commit]), 3),
+        "floor_to_commit_without_pause": round(statistics.median(series[floor]) / statistics.median(series[commit]), 3),
+        "commit_p99_ms": round(1e3 * float(np.quantile(turns[commit] + series[commit], 0.99)), 3),
+        "rows_per_s_without_pause": round(BATCH_ROWS / statistics.median(series[commit])),
     }
+
+
+def _seconds(act: Callable[[pa.Table], None], batches: Iterable[pa.Table]) -> list[float]:
+    found = []
+    for rows in batches:
+        began = time.perf_counter()
+        act(rows)
+        found.append(time.perf_counter() - began)
+    return found
 
 
 def _raw(folder: Path, number: int, rows: pa.Table) -> None:
