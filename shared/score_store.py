@@ -134,7 +134,7 @@ class ScoreWriter:
         self._store.create(num_samples, scoring_id)
         self.num_samples = num_samples
         self._retention, self._grace_s = retention, grace_s
-        self._token = secrets.token_hex(8)
+        self._token, self._process = secrets.token_hex(8), os.getpid()
         self._pending: list[pa.Table] = []
         self._pending_lock = threading.Lock()
         self._turn_lock, self._commit_lock = threading.Lock(), threading.Lock()
@@ -240,6 +240,8 @@ class ScoreWriter:
         self.close()
 
     def _check_open(self, appending: bool = False) -> None:
+        if os.getpid() != self._process:
+            raise StoreError(f"this ScoreWriter belongs to process {self._process}; a forked one opens its own")
         if self._state == "closed" or (appending and self._state == "closing"):
             raise StoreError("this ScoreWriter is closed; open a new one")
         if self._state == "fenced":

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from shared.errors import StoreError
+from shared.errors import StoreCorrupt, StoreError
 from shared.schema import SNAPSHOT_SCHEMA
 from shared.store_files import FRAGMENTS, SNAPSHOTS, Anchor, Manifest, Part, StoreFiles
 
@@ -109,7 +109,7 @@ class StoreView:
         ):
             base = store.read_part(SNAPSHOTS, manifest.snapshot) if manifest.snapshot else NOTHING
             overlay, read = Overlay.empty(), ()
-        if newer := [store.read_part(FRAGMENTS, part) for part in manifest.fragments[len(read) :]]:
+        if newer := [self._fragment(store, part) for part in manifest.fragments[len(read) :]]:
             overlay = overlay.extended(newer, base)
         return StoreView(self.num_samples, manifest, base, overlay)
 
@@ -121,6 +121,14 @@ class StoreView:
     def parts(self) -> list[tuple[str, Part]]:
         """Folder and part of all that this view has read."""
         return list(self.manifest.parts()) if self.manifest else []
+
+    def _fragment(self, store: StoreFiles, part: Part) -> pa.Table:
+        rows = store.read_part(FRAGMENTS, part)
+        ids = column_array(rows, "sample_id")
+        if len(ids) and (ids.min() < 0 or ids.max() >= self.num_samples):
+            path = store.part_path(FRAGMENTS, part)
+            raise StoreCorrupt(f"{path} has sample ids {ids.min()}..{ids.max()}, outside 0..{self.num_samples - 1}")
+        return rows
 
     def earlier(self) -> list[tuple[Manifest, Anchor]]:
         """This view's manifest with each of those that it keeps."""

@@ -1,0 +1,627 @@
+"""Damaged files, failing disks, and what is removed when."""
+
+import contextlib
+import errno
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from shared import score_store, store_check, store_files
+from shared.errors import ConfigError, Fenced, StoreCorrupt, StoreError
+from shared.score_store import Retention, ScoreReader, ScoreWriter
+from shared.store_files import StoreFiles
+from tests.rows import make_rows
+from tests.stores import N, age, commit, latest, names, read
+from tests.waiting import wait_for
+
+# Damage
+
+
+def keep_half(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def other_version(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b'"version":2', b'"version":3'))
+
+
+def zero_footer(path: Path) -> None:
+    """Same length: an Arrow file ends in its footer, the footer's length (4 bytes) and a magic word (6)."""
+    data = path.read_bytes()
+    length = int.from_bytes(data[-10:-6], "little")
+    path.write_bytes(data[: -10 - length] + bytes(length) + data[-10:])
+
+
+def fill_body(path: Path) -> None:
+    """All between the magic words and the footer."""
+    data = path.read_bytes()
+    end = len(data) - 10 - int.from_bytes(data[-10:-6], "little")
+    path.write_bytes(data[:8] + b"\xff" * (end - 8) + data[end:])
+
+
+@pytest.mark.parametrize(
+    ("folder", "damage"),
+    [
+        ("manifests", keep_half),
+        ("manifests", other_version),
+        ("manifests", lambda path: path.write_bytes(b"")),
+        ("manifests", lambda path: path.write_bytes(b"[]")),
+        ("manifests", lambda path: path.write_bytes(b"\xff\xfe")),
+        ("fragments", keep_half),
+        ("fragments", zero_footer),
+        ("fragments", fill_body),
+        ("fragments", lambda path: path.write_bytes(bytes(path.stat().st_size))),
+        ("fragments", lambda path: path.unlink()),
+    ],
+    ids=[
+        *("torn manifest", "altered manifest", "empty manifest", "list as manifest", "binary manifest"),
+        *("truncated fragment", "zeroed footer", "filled body", "zeroed fragment", "missing fragment"),
+    ],
+)
+def test_reader_names_the_damaged_file_and_goes_on_with_what_it_has(
+    tmp_path: Path, folder: str, damage: Callable[[Path], object]
+) -> None:
+    writer = ScoreWriter(tmp_path, N)
+    commit(writer, [0], 1)
+    reader = ScoreReader(tmp_path)
+    commit(writer, [0, 1], 2)
+    path = max((tmp_path / folder).iterdir())
+    whole = path.read_bytes()
+    damage(path)
+
+    for call in (reader.refresh, reader.refresh, lambda: ScoreReader(tmp_path), lambda: ScoreWriter(tmp_path, N)):
+        with pytest.raises(StoreCorrupt, match=path.name):
+            call()
+    assert reader.version == 1
+    assert latest(reader.table()) == {0: (1, -1.0)}
+    assert reader.lookup([0, 1])["model_version"].to_pylist() == [1, None]
+    path.write_bytes(whole)
+    assert reader.refresh() == 2
+    assert latest(reader.table()) == {0: (2, -1.0), 1: (2, -1.0)}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b'{"format": 2}', b'{"format": 2, "num_samples": 10}'])
+def test_damaged_description(tmp_path: Path, content: bytes) -> None:
+    ScoreWriter(tmp_path, N)
+    (tmp_path / "store.json").write_bytes(content)
+
+    for opening in (lambda: ScoreReader(tmp_path), lambda: ScoreWriter(tmp_path, N)):
+        with pytest.raises(StoreCorrupt, match=r"store\.json"):
+            opening()
+
+
+@pytest.mark.parametrize("folder", ["fragments", "snapshots"])
+def test_a_flipped_byte_anywhere_is_an_error_that_names_the_file_or_is_found_by_verify(
+    tmp_path: Path, folder: str
+) -> None:
+    writer = ScoreWriter(tmp_path, N)
+    commit(writer, [0, 4], 1)
+    if folder == "snapshots":
+        writer.compact()
+    writer.close()
+    (path,) = (tmp_path / folder).glob("[0-9]*")
+    whole = path.read_bytes()
+    for at in range(0, len(whole), 7):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
+        try:
+            reader = ScoreReader(tmp_path)
+            if folder == "fragments":  # a snapshot's ids are not looked through when it is opened
+                reader.dense("margin")
+        except StoreCorrupt as error:
+            assert path.name in str(error)  # noqa: PT017  any other error is a failure, none is right too
+        assert [problem.file for problem in store_check.verify(tmp_path)] == [str(path)]
+
+
+@pytest.mark.parametrize("missing", ["manifests", "store.json"])
+def test_a_half_copied_store_is_not_taken_for_a_new_one(tmp_path: Path, missing: str) -> None:
+    with ScoreWriter(tmp_path, N) as writer:
+        commit(writer, [0])
+    if missing == "manifests":
+        shutil.rmtree(tmp_path / missing)
+    else:
+        (tmp_path / missing).unlink()
+    there = sorted(tmp_path.rglob("*"))
+
+    for opening in (lambda: ScoreReader(tmp_path), lambda: ScoreWriter(tmp_path, N)):
+        with pytest.raises(StoreCorrupt, match=missing):
+            opening()
+    assert [path for path in sorted(tmp_path.rglob("*.*")) if path not in there] == []
+
+
+def test_a_store_that_is_removed_under_its_reader(tmp_path: Path) -> None:
+    uri = tmp_path / "scores"
+    with ScoreWriter(uri, N) as writer:
+        commit(writer, [0])
+    reader = ScoreReader(uri)
+    shutil.rmtree(uri)
+
+    with pytest.raises(StoreCorrupt, match="manifests has no manifest"):
+        reader.refresh()
+    assert latest(reader.table()) == {0: (1, -1.0)}
+
+
+def test_an_earlier_version_of_which_a_file_is_missing(tmp_path: Path) -> None:
+    """That it is named, so kept, and yet missing tells damage from what was collected."""
+    writer = ScoreWriter(tmp_path, N)
+    for version in (1, 2, 3):
+        commit(writer, [0], version)
+        writer.compact()
+    reader = ScoreReader(tmp_path)
+    first = min((tmp_path / "fragments").glob("[0-9]*"))
+    first.rename(tmp_path / "aside")
+
+    for call in (lambda: reader.table(1), lambda: reader.history(0)):
+        with pytest.raises(StoreCorrupt, match=first.name):
+            call()
+    (tmp_path / "aside").rename(first)
+    assert reader.history(0)["model_version"].to_pylist() == [1, 2, 3]
+    manifest = next(path for path in (tmp_path / "manifests").iterdir() if first.name in path.read_text())
+    manifest.unlink()
+    for call in (lambda: reader.table(1), lambda: reader.history(0), writer.compact):
+        with pytest.raises(StoreCorrupt, match=manifest.name):
+            call()
+
+
+def test_history_of_a_reader_whose_files_were_collected(tmp_path: Path) -> None:
+    """What its own version holds is in its memory."""
+    writer = ScoreWriter(tmp_path, N, retention=Retention(0), grace_s=0.0)
+    for version in (1, 2):
+        commit(writer, [0, version], version)
+    reader = ScoreReader(tmp_path)
+    writer.compact()
+    commit(writer, [0], 3)
+    writer.compact()
+    assert len(names(tmp_path, "fragments")) <= 1
+
+    assert reader.history(0)["model_version"].to_pylist() == [1, 2]
+    assert latest(reader.table(1)).keys() == {0, 1}
+    assert ScoreReader(tmp_path).history(0)["model_version"].to_pylist() == [3]
+
+
+def test_files_of_other_names_are_no_manifests(tmp_path: Path) -> None:
+    with ScoreWriter(tmp_path, N) as writer:
+        commit(writer, [0])
+    for name in ("999.json", "9999999999999.json", "copy of 000000000009.json", "00000000009\u0663.json"):
+        (tmp_path / "manifests" / name).write_bytes(b"{}")
+
+    assert read(tmp_path).keys() == {0}
+    with ScoreWriter(tmp_path, N) as writer:
+        assert commit(writer, [1]) == 2
+
+
+# Failing disks
+
+
+@contextlib.contextmanager
+def no_space(monkeypatch: pytest.MonkeyPatch, function: str, call: int, *, after: bool = False) -> Iterator[None]:
+    """From its `call`-th call on os.`function` raises ENOSPC, before or after having done its work."""
+    real, calls = getattr(os, function), itertools.count(1)
+
+    def fail(*args: Any) -> Any:
+        failing = next(calls) >= call
+        result = None if failing and not after else real(*args)
+        if failing:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return result
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, function, fail)
+        yield
+
+
+FAILURES = [
+    *(pytest.param("fsync", call, False, id=f"fsync {call}") for call in (1, 2, 3, 4)),  # the fourth is after the link
+    pytest.param("link", 1, False, id="before the link"),
+    pytest.param("link", 1, True, id="after the link"),
+]
+
+
+@pytest.mark.parametrize(("function", "call", "after"), FAILURES)
+def test_failed_commit_is_brought_by_the_next_one_exactly_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, call: int, after: bool
+) -> None:
+    writer, reader = ScoreWriter(tmp_path, N), ScoreReader(tmp_path)
+    commit(writer, [0, 1], 1)
+    writer.append(make_rows([1, 2], 2))
+    for _ in range(2):
+        with no_space(monkeypatch, function, call, after=after), contextlib.suppress(OSError):
+            writer.commit()
+        reader.refresh()
+        assert latest(reader.table()).keys() in ({0, 1}, {0, 1, 2})  # whole: the old version or the new one
+    writer.append(make_rows([3], 2))
+    took_effect = after or call == 4
+
+    assert writer.commit() == (3 if took_effect else 2)
+    assert writer.commit() == writer.version == reader.refresh()
+    assert {i: version for i, (version, _) in latest(reader.table()).items()} == {0: 1, 1: 2, 2: 2, 3: 2}
+    assert (reader.rows, writer.rows) == (5, 5)
+
+
+def test_failed_commit_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = ScoreWriter(tmp_path, N)
+    writer.append(make_rows([0]))
+
+    for model_version, failure in enumerate(FAILURES, start=2):
+        function, call, after = failure.values
+        writer.append(make_rows([0], model_version=model_version))
+        with no_space(monkeypatch, function, call, after=after), pytest.raises(OSError, match="No space"):
+            writer.commit()
+
+
+def test_late_rows_of_a_commit_that_took_effect_are_not_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are not the latest rows of their samples, and yet they are in the store."""
+    writer = ScoreWriter(tmp_path, N)
+    commit(writer, [0], 5)
+    writer.append(make_rows([0], 3))
+    writer.append(make_rows([1], 3, margin=1.0))
+    writer.append(make_rows([1], 3, margin=2.0))
+    with no_space(monkeypatch, "link", 1, after=True), pytest.raises(OSError, match="No space"):
+        writer.commit()
+
+    assert writer.commit() == 2
+    assert writer.rows == 4
+    assert read(tmp_path) == {0: (5, -1.0), 1: (3, 2.0)}
+
+
+@pytest.mark.parametrize(("function", "call", "after"), FAILURES)
+def test_failed_compaction_changes_no_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, call: int, after: bool
+) -> None:
+    writer = ScoreWriter(tmp_path, N)
+    commit(writer, [0, 1], 1)
+    with no_space(monkeypatch, function, call, after=after), pytest.raises(OSError, match="No space"):
+        writer.compact()
+
+    assert read(tmp_path) == {0: (1, -1.0), 1: (1, -1.0)}
+    writer.compact()
+    assert commit(writer, [1], 2) == 2
+    assert read(tmp_path) == {0: (1, -1.0), 1: (2, -1.0)}
+
+
+def test_successor_of_a_writer_with_a_half_failed_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = ScoreWriter(tmp_path, N)
+    first.append(make_rows([0]))
+    with no_space(monkeypatch, "link", 1, after=True), pytest.raises(OSError, match="No space"):
+        first.commit()
+    second = ScoreWriter(tmp_path, N)
+    first.append(make_rows([1]))
+
+    with pytest.raises(Fenced):
+        first.commit()
+    assert commit(second, [2]) == 2
+    assert read(tmp_path).keys() == {0, 2}
+
+
+def test_what_fails_while_a_commit_is_settled_is_settled_by_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A commit that took effect is reported only when it would survive a power cut."""
+    writer = ScoreWriter(tmp_path, N)
+    writer.append(make_rows([0]))
+    with no_space(monkeypatch, "link", 1, after=True), pytest.raises(OSError, match="No space"):
+        writer.commit()
+    for function in ("listdir", "fsync"):
+        with no_space(monkeypatch, function, 1), pytest.raises(OSError, match="No space"):
+            writer.commit()
+
+    assert (writer.commit(), writer.rows) == (1, 1)
+    assert commit(writer, [0]) == 1
+
+
+def test_a_failed_commit_leaves_no_fragment_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = ScoreWriter(tmp_path, N)
+    writer.append(make_rows([0]))
+    for _ in range(3):
+        with no_space(monkeypatch, "link", 1), pytest.raises(OSError, match="No space"):
+            writer.commit()
+    writer.commit()
+
+    assert len(names(tmp_path, "fragments")) == 1
+
+
+def test_writer_that_slept_through_ten_commits_wakes_with_a_manifest_that_may_be_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own manifest is in place, and yet a successor's is the newest."""
+    first = ScoreWriter(tmp_path, N)
+    first.append(make_rows([0], 9))
+    link, second = os.link, ScoreWriter(tmp_path, N)
+    for version in range(1, store_files.SUPERSEDED_MANIFESTS_KEPT + 4):
+        commit(second, [1], version)
+
+    def link_and_fail(*paths: Any) -> None:
+        link(*paths)
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "link", link_and_fail)
+        with pytest.raises(OSError, match="Input/output"):
+            first.commit()
+    with pytest.raises(Fenced):
+        first.commit()
+    assert read(tmp_path).keys() == {1}
+    assert store_check.verify(tmp_path) == []
+
+
+@pytest.mark.parametrize("compacted", [False, True], ids=["fragments to fold", "nothing to fold"])
+def test_a_fenced_writer_that_does_not_know_it_removes_nothing(tmp_path: Path, compacted: bool) -> None:
+    first = ScoreWriter(tmp_path, N, retention=Retention(0), grace_s=0.0)
+    commit(first, [0], 1)
+    if compacted:
+        first.compact()
+    second = ScoreWriter(tmp_path, N, retention=Retention(0), grace_s=0.0)
+    commit(second, [1], 2)
+
+    with pytest.raises(Fenced):
+        first.compact()
+    assert store_check.verify(tmp_path) == []
+    assert read(tmp_path).keys() == {0, 1}
+
+
+def test_a_writer_that_is_fenced_between_its_snapshot_and_its_collection_removes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = ScoreWriter(tmp_path, N, retention=Retention(0), grace_s=0.0)
+    commit(first, [0], 1)
+    collect = StoreFiles.collect
+
+    def sleep_first(*args: Any) -> bool:
+        monkeypatch.setattr(StoreFiles, "collect", collect)
+        commit(ScoreWriter(tmp_path, N), [1], 2)
+        return collect(*args)
+
+    monkeypatch.setattr(StoreFiles, "collect", sleep_first)
+    with pytest.raises(Fenced):
+        first.compact()
+    assert store_check.verify(tmp_path) == []
+    assert read(tmp_path).keys() == {0, 1}
+
+
+def test_close_that_fails_leaves_the_writer_open(tmp_path: Path) -> None:
+    writer = ScoreWriter(tmp_path, N)
+    writer.append(make_rows([0]))
+    for error in (OSError("no"), MemoryError()):
+        with mock.patch.object(StoreFiles, "write_manifest", side_effect=error), pytest.raises(type(error)):
+            writer.close()
+    writer.append(make_rows([1]))
+    writer.close()
+
+    assert read(tmp_path).keys() == {0, 1}
+
+
+def test_writer_of_another_process_is_refused(tmp_path: Path) -> None:
+    """After a fork its threads are not there, and both would be the one writer."""
+    writer = ScoreWriter(tmp_path, N)
+    writer.append(make_rows([0]))
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(StoreError):
+            writer.commit()
+            os._exit(1)
+        os._exit(7)
+
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert writer.commit() == 1
+
+
+LATE_WRITER = """
+import atexit, sys, threading
+from shared.score_store import ScoreWriter
+from tests.rows import make_rows
+
+writer = ScoreWriter(sys.argv[1], 10)
+writer.append(make_rows([3]))
+atexit.register(writer.close)
+"""
+
+
+def test_a_commit_while_python_ends(tmp_path: Path) -> None:
+    """When no thread can be started any more."""
+    subprocess.run([sys.executable, "-c", LATE_WRITER, tmp_path], check=True, timeout=60)
+
+    assert read(tmp_path).keys() == {3}
+
+
+# Collection
+
+
+def test_what_no_kept_version_needs_is_removed_when_old(tmp_path: Path) -> None:
+    writer = ScoreWriter(tmp_path, N, retention=Retention(1))
+    for version in (1, 2, 3):
+        commit(writer, [0, version], version)
+    writer.compact()
+    followed = ScoreReader(tmp_path)
+    for version in (4, 5, 6):
+        commit(writer, [0, version], version)
+    fragments = names(tmp_path, "fragments")
+    stray = tmp_path / "fragments" / "000000000007-dead-writer.arrow"
+    stray.write_bytes(b"never committed")
+    writer.compact()
+    assert names(tmp_path, "fragments") == fragments | {stray.name}  # a reader may still be opening them
+
+    commit(writer, [7], 7)
+    age(tmp_path)
+    before = ScoreReader(tmp_path)
+    writer = ScoreWriter(tmp_path, N, retention=Retention(1))  # has not seen for how long nobody needs them
+    writer.compact()
+    age(tmp_path)
+    ScoreWriter(tmp_path, N, retention=Retention(1)).compact()
+
+    assert not stray.exists()
+    assert names(tmp_path, "fragments") & fragments < fragments
+    for reader, version in ((followed, 3), (before, 7)):  # of the files that they opened some are gone
+        assert reader.version == version
+        assert latest(reader.table()).keys() == set(range(version + 1))
+        assert reader.lookup([0])["model_version"].to_pylist() == [min(version, 6)]
+        assert reader.refresh() == 7
+    reader = ScoreReader(tmp_path)
+    assert latest(reader.table(6)).keys() == set(range(7))
+    for gone in (1, 2):
+        with pytest.raises(StoreError, match=f"version {gone} is no longer kept; raise keep_last"):
+            reader.table(gone)
+
+
+def test_time_travel_reaches_as_far_as_keep_versions_says(tmp_path: Path) -> None:
+    writer = ScoreWriter(tmp_path, N, retention=Retention(4))
+    for version in range(1, 13):
+        commit(writer, [0], version)
+        age(tmp_path)
+        if version % 2 == 0:
+            writer.compact()
+    reader = ScoreReader(tmp_path)
+
+    assert [latest(reader.table(v))[0][0] for v in range(8, 13)] == [8, 9, 10, 11, 12]
+    with pytest.raises(StoreError, match="no longer kept"):
+        reader.table(2)
+
+
+@pytest.mark.parametrize(
+    ("retention", "kept"),
+    [
+        (Retention(keep_last=0), {12}),
+        (Retention(keep_last=3), {9, 10, 11, 12}),
+        (Retention(keep_last=0, keep_every=5), {5, 10, 12}),
+        (Retention(keep_all=True), set(range(13))),
+    ],
+    ids=["newest", "last three", "every fifth", "all"],
+)
+def test_retention_keeps_what_it_says(tmp_path: Path, retention: Retention, kept: set[int]) -> None:
+    """Compacted after every second commit; neighbours in the same snapshot's reach may stay too."""
+    writer = ScoreWriter(tmp_path, N, retention=retention, grace_s=0.0)
+    for version in range(1, 13):
+        commit(writer, [0], version)
+        if version % 2 == 0:
+            writer.compact()
+    reader = ScoreReader(tmp_path)
+
+    readable = set()
+    for version in range(13):
+        with contextlib.suppress(StoreError):
+            assert latest(reader.table(version)) == ({0: (version, -1.0)} if version else {})
+            readable.add(version)
+    assert kept <= readable
+    assert len(readable) <= 2 * len(kept) + 1
+    history = reader.history(0)["model_version"].to_pylist()
+    assert history == sorted(set(history))
+    assert set(history) >= kept - {0}
+
+
+def test_retention_that_cannot_be_is_refused() -> None:
+    with pytest.raises(ConfigError, match="keep_last is -1, keep_every 0; both must be at least 0"):
+        Retention(keep_last=-1)
+
+
+def test_files_that_nothing_names_stay_for_the_grace_period(tmp_path: Path) -> None:
+    writer = ScoreWriter(tmp_path, N, retention=Retention(0), grace_s=0.2)
+    commit(writer, [0])
+    writer.compact()
+    assert len(names(tmp_path, "fragments")) == 1
+    time.sleep(0.25)
+    writer.compact()
+
+    assert names(tmp_path, "fragments") == set()
+
+
+def test_manifests_do_not_pile_up(tmp_path: Path) -> None:
+    """Not those of commits, and not those of notes alone."""
+    writer = ScoreWriter(tmp_path, N)
+    for note in range(30):
+        writer.commit({"note": note})
+        commit(writer, [note % N], note + 1)
+
+    assert len(names(tmp_path, "manifests")) <= store_files.SUPERSEDED_MANIFESTS_KEPT + 1
+    assert ScoreReader(tmp_path).metadata == {"note": 29}
+
+
+@pytest.mark.parametrize("folder", ["", "fragments", "snapshots", "manifests"])
+def test_temporary_files_of_dead_writers_are_removed(tmp_path: Path, folder: str) -> None:
+    writer = ScoreWriter(tmp_path, N)
+    commit(writer, [0])
+    left = tmp_path / folder / ".000000000002-dead.arrow.0123456789ab"
+    left.write_bytes(b"half")
+    age(tmp_path)
+    writer.compact()
+
+    assert not left.exists()
+
+
+def test_compaction_collects_also_when_there_is_nothing_to_fold(tmp_path: Path) -> None:
+    writer = ScoreWriter(tmp_path, N, retention=Retention(0))
+    commit(writer, [0])
+    writer.compact()
+    age(tmp_path)
+    ScoreWriter(tmp_path, N, retention=Retention(0)).compact()  # one that has not seen for how long nobody needs them
+
+    assert names(tmp_path, "fragments") == set()
+    assert read(tmp_path).keys() == {0}
+
+
+def test_retention_counts_also_where_there_is_nothing_to_fold(tmp_path: Path) -> None:
+    writer = ScoreWriter(tmp_path, N, grace_s=0.0)
+    for version in (1, 2, 3):
+        commit(writer, [0], version)
+        writer.compact()
+    assert [latest(ScoreReader(tmp_path).table(v))[0][0] for v in (1, 2, 3)] == [1, 2, 3]
+    ScoreWriter(tmp_path, N, retention=Retention(0), grace_s=0.0).compact()
+
+    assert names(tmp_path, "fragments") == set()
+    assert len(names(tmp_path, "snapshots")) == 1
+    with pytest.raises(StoreError, match="no longer kept"):
+        ScoreReader(tmp_path).table(1)
+
+
+def test_a_version_that_two_kept_manifests_hold_keeps_only_the_later(tmp_path: Path) -> None:
+    """Commits come in while a snapshot is made: the manifest before it and the one after both reach them."""
+    writer = ScoreWriter(tmp_path, N, retention=Retention(0, keep_every=2), grace_s=0.0)
+    fold = writer._fold
+
+    def fold_and_commit(manifest: Any) -> Any:
+        snapshot = fold(manifest)
+        commit(writer, [0], writer.version + 1)
+        return snapshot
+
+    commit(writer, [0], 1)
+    with mock.patch.object(writer, "_fold", fold_and_commit):
+        writer.compact()  # its snapshot is of version 1; version 2 is in this manifest and in the one before
+    commit(writer, [0], 3)
+    writer.compact()
+    reader = ScoreReader(tmp_path)
+
+    assert latest(reader.table(2)) == {0: (2, -1.0)}
+    with pytest.raises(StoreError, match="no longer kept"):
+        reader.table(0)
+
+
+def test_commits_wait_for_a_compaction_that_is_far_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(score_store, "COMPACT_AFTER_FRAGMENTS", 2)
+    monkeypatch.setattr(score_store, "MOST_DEBT", 2.0)
+    writer, may_fold = ScoreWriter(tmp_path, N), threading.Event()
+    fold = writer._fold
+
+    def fold_later(manifest: Any) -> Any:
+        may_fold.wait(30)
+        return fold(manifest)
+
+    with mock.patch.object(writer, "_fold", fold_later):
+        for version in (1, 2, 3):
+            commit(writer, [0], version)  # the compaction has begun, and these do not wait
+        thread = threading.Thread(target=commit, args=(writer, [0], 4))
+        thread.start()
+        wait_for(lambda: read(tmp_path) == {0: (4, -1.0)}, what="the fourth commit")
+        assert thread.is_alive()  # it is durable and waits
+        may_fold.set()
+        thread.join(30)
+        assert not thread.is_alive()
+    assert writer.snapshot_version >= 2
