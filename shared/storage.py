@@ -61,14 +61,14 @@ class Folder:
     def make(self) -> "Folder":
         """Create the folder when it is not there, durably; also one that somebody created and could not make so."""
         missing = [path for path in (self.path, *self.path.parents) if not path.exists()]
-        for path in reversed(missing):
+        for path in reversed(missing or [self.path]):
             path.mkdir(exist_ok=True)
             try:
                 _sync_folder(path.parent)
             except OSError:
-                path.rmdir()
+                if missing:
+                    path.rmdir()
                 raise
-        _sync_folder(self.path.parent)
         return self
 
     def put(self, name: str, data: "bytes | pa.Buffer") -> None:

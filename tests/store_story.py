@@ -45,7 +45,9 @@ class Story:
         self.uri = uri
         self.reported: list[Latest] = [{}]  # by store version
         self.coming: Latest = {}  # the latest rows after the commit that goes on
+        self._failures = 0
         self._patience = patience  # how often what fails is tried again
+        self.tell: Callable[[], None] = lambda: None  # called when a commit is reported that had failed before
 
     @mock.patch.object(store_files, "SUPERSEDED_MANIFESTS_KEPT", 2)
     def run(self) -> None:
@@ -73,9 +75,12 @@ class Story:
     def _commit(self, writer: ScoreWriter, model_version: int, ids: list[int]) -> None:
         self.coming = self.reported[-1] | {i: (model_version, float(model_version)) for i in ids}
         writer.append(make_rows(ids, model_version, margin=float(model_version)))
+        failures = self._failures
         version = self._again(writer.commit)
         assert version == len(self.reported)
         self.reported.append(self.coming)
+        if self._failures > failures:
+            self.tell()
 
     def _is_fenced(self, writer: ScoreWriter) -> None:
         writer.append(make_rows([5], 99))
@@ -88,6 +93,7 @@ class Story:
         for _ in range(self._patience):
             with contextlib.suppress(OSError, StoreCorrupt):  # StoreCorrupt: a part that could not be read
                 return act()
+            self._failures += 1
         return act()
 
     def check(self, uri: Path) -> None:
@@ -136,6 +142,12 @@ def fail_in_turn(tmp_path: Path, kind: str, numbers: range) -> None:
             fail(call)
 
         story, disk = Story(root / "scores", patience=4), Disk(root, before)
+
+        def look(story: Story = story, disk: Disk = disk, number: int = number) -> None:
+            left = disk.after_power_cut(tmp_path / f"{number}-{len(story.reported)}")
+            assert read(left / "scores")[0] >= len(story.reported) - 1, "reported and not durable"
+
+        story.tell = look
         with disk.watching():
             story.run()
         if sum(call[0] == kind for call in counted) < number:
