@@ -138,6 +138,16 @@ def test_same_rows_again_change_nothing(tmp_path: Path, reopen: bool, compacted:
     assert latest(ScoreReader(tmp_path).changes(1)) == {2: (1, 1.0)}
 
 
+@pytest.mark.parametrize("versions", [3, [3, 2, 2], [2, 3, 1]], ids=["one version", "falling", "mixed"])
+def test_a_block_sent_again_by_the_same_writer_is_known(tmp_path: Path, versions: Any) -> None:
+    writer = ScoreWriter(tmp_path, N)
+    commit(writer, [0, 0, 1], versions)
+    rows = ScoreReader(tmp_path).table()
+    writer.append(rows)
+
+    assert (writer.commit(), writer.rows) == (1, 3)
+
+
 def test_superseded_rows_again_change_no_latest_row(tmp_path: Path) -> None:
     """A block sent twice, the second time after a newer checkpoint's rows."""
     writer = ScoreWriter(tmp_path, N)
@@ -335,6 +345,45 @@ def test_late_manifest_of_a_writer_that_slept_does_not_count(tmp_path: Path) -> 
     second.compact()
     assert "000000000002.json" not in names(tmp_path, "manifests")
     assert (commit(second, [2], 1), read(tmp_path).keys()) == (second.version, {1, 2})
+
+
+def test_writer_whose_successor_removed_what_it_was_writing_is_fenced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = ScoreWriter(tmp_path, N)
+    first.append(make_rows([0], 9))
+    link = os.link
+
+    def sleep_first(source: Any, target: Any) -> None:
+        monkeypatch.setattr(os, "link", link)
+        second = ScoreWriter(tmp_path, N, grace_s=0.0)
+        commit(second, [1], 1)
+        second.compact()
+        link(source, target)
+
+    monkeypatch.setattr(os, "link", sleep_first)
+    with pytest.raises(Fenced):
+        first.commit()
+    assert read(tmp_path).keys() == {1}
+
+
+def test_who_waits_for_a_commit_comes_next(tmp_path: Path) -> None:
+    """Else a compaction would wait for ever beside a writer that commits without pause."""
+    writer, order = ScoreWriter(tmp_path, N), []
+
+    def wait() -> None:
+        with writer._turn():
+            order.append("waited")
+
+    thread = threading.Thread(target=wait)
+    with writer._turn():
+        thread.start()
+        wait_for(writer._turn_lock.locked, what="the other thread")
+    with writer._turn():
+        order.append("came back")
+    thread.join(30)
+
+    assert order == ["waited", "came back"]
 
 
 DYING_WRITER = """

@@ -111,3 +111,49 @@ def test_remote_uri_is_refused(scheme: str) -> None:
         ConfigError, match=f"'{scheme}://bucket/run': only local paths and file:// URIs .*; mount {scheme}:// as"
     ):
         Folder(f"{scheme}://bucket/run")
+
+
+def test_make_syncs_the_name_of_a_folder_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever made it may have been killed before."""
+    (tmp_path / "there").mkdir()
+    fsync, synced = os.fsync, []
+
+    def record(descriptor: int) -> None:
+        synced.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", record)
+    Folder(tmp_path / "there").make()
+
+    assert synced == [str(tmp_path)]
+
+
+def test_create_that_nfs_answers_twice_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer to the first request is lost, and the second finds the link that the first made."""
+    link = os.link
+
+    def link_twice(*paths: object) -> None:
+        link(*paths)  # type: ignore[arg-type]
+        link(*paths)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(os, "link", link_twice)
+
+    assert Folder(tmp_path).create("x", b"mine")
+    assert not Folder(tmp_path).create("x", b"other")
+
+
+def test_prepared_drafts_are_used_once_or_tidied_up(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.prepare()
+    folder.prepare()
+    (spare,) = folder.temporary_names()
+    folder.put("x", b"1")
+    assert folder.temporary_names() == []
+    folder.prepare()
+    os.unlink(tmp_path / folder.temporary_names()[0])  # somebody collected it
+    assert folder.create("y", b"2")
+    folder.prepare()
+    folder.tidy()
+
+    assert os.listdir(tmp_path) in (["x", "y"], ["y", "x"])
+    assert spare.startswith(".draft-")
