@@ -17,14 +17,15 @@ Ids = npt.NDArray[np.int64]
 
 NOTHING = SNAPSHOT_SCHEMA.empty_table()
 FOLDING_THREADS = 2
+JOINED_ROWS = 4096  # larger tables stay memory-mapped
 
 
 @dataclasses.dataclass(frozen=True)
 class Overlay:
     """The fragments' rows that beat the snapshot's: one per sample, sorted by sample_id. Immutable.
 
-    Rows are numbered through all fragments in the order of their commits. `tables` hold them in that order, small ones
-    joined to larger ones as they become more, so that they stay few.
+    Rows are numbered through all fragments in the order of their commits. `tables` hold them in that order: fragments
+    as they lie on the disk, small ones joined so that they stay few.
 
     Shapes: R samples.
     """
@@ -41,8 +42,7 @@ class Overlay:
 
     def extended(self, newer: Sequence[pa.Table], base: pa.Table) -> "Overlay":
         """With the rows of newer fragments."""
-        rows = pa.concat_tables(newer).combine_chunks()
-        id_F, version_F, row_F = last_rows(column_array(rows, "sample_id"), column_array(rows, "model_version"))
+        id_F, version_F, row_F = last_rows(_column(newer, "sample_id"), _column(newer, "model_version"))
         at_F, base_at_F = positions(self.id_R, id_F), positions(column_array(base, "sample_id"), id_F)
         beat_F = np.full(len(id_F), -1)
         in_base_F, known_F = base_at_F >= 0, at_F >= 0
@@ -50,7 +50,8 @@ class Overlay:
         beat_F[known_F] = self.model_version_R[at_F[known_F]]
         wins_F = version_F >= beat_F
         row_F += sum(table.num_rows for table in self.tables)
-        # Samples that the overlay does not hold yet move those behind them on; the others change in place.
+        # Samples that the overlay does not hold yet move those behind them on; the others change in place. So with
+        # [1, 4] here, 2 and 4 of the newer go to places 1 and 2 of [1, 2, 4].
         new_F = wins_F & (at_F < 0)
         place_F = np.searchsorted(self.id_R, id_F) + np.cumsum(new_F) - new_F
         is_kept = np.ones(len(self.id_R) + np.count_nonzero(new_F), dtype=bool)
@@ -64,7 +65,7 @@ class Overlay:
             return both
 
         return Overlay(
-            _joined([*self.tables, rows]),
+            _joined(self.tables, newer),
             merged(self.id_R, id_F),
             merged(self.row_R, row_F),
             merged(self.model_version_R, version_F),
@@ -72,8 +73,7 @@ class Overlay:
 
     def column(self, name: str) -> npt.NDArray[Any]:
         """Shape [R]."""
-        parts = [column_array(table, name) for table in self.tables]
-        values: npt.NDArray[Any] = (parts[0] if len(parts) == 1 else np.concatenate(parts))[self.row_R]
+        values: npt.NDArray[Any] = _column(self.tables, name)[self.row_R]
         return values
 
 
@@ -142,8 +142,7 @@ class StoreView:
         manifest = dataclasses.replace(self.manifest, version=version, fragments=fragments)
         overlay = Overlay.empty()
         if fragments:
-            rows = pa.concat_tables(self.overlay.tables).slice(0, sum(part.rows for part in fragments))
-            overlay = overlay.extended([rows], self.base)
+            overlay = overlay.extended(_first(self.overlay.tables, sum(part.rows for part in fragments)), self.base)
         return StoreView(self.num_samples, manifest, self.base, overlay)
 
     def rows_ever_of(self, sample_id: int) -> pa.Table:
@@ -264,11 +263,28 @@ def stable_order(key_F: Ids) -> Ids:
     return both_F & ((1 << row_bits) - 1)
 
 
-def _joined(tables: list[pa.Table]) -> tuple[pa.Table, ...]:
-    """The same rows in the same order, each table more than twice as long as the next."""
-    while len(tables) > 1 and tables[-2].num_rows <= 2 * tables[-1].num_rows:
-        tables[-2:] = [pa.concat_tables(tables[-2:]).combine_chunks()]
-    return tuple(tables)
+def _column(tables: Sequence[pa.Table], name: str) -> npt.NDArray[Any]:
+    parts = [column_array(table, name) for table in tables]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+
+def _first(tables: Sequence[pa.Table], count: int) -> list[pa.Table]:
+    """The first so many rows."""
+    found = []
+    for table in tables:
+        found.append(table.slice(0, count))
+        count -= found[-1].num_rows
+    return [table for table in found if table.num_rows]
+
+
+def _joined(tables: Sequence[pa.Table], newer: Sequence[pa.Table]) -> tuple[pa.Table, ...]:
+    """The same rows in the same order. Of small tables each has more than twice the rows of the next."""
+    joined = list(tables)
+    for table in newer:
+        joined.append(table)
+        while len(joined) > 1 and joined[-2].num_rows <= min(2 * joined[-1].num_rows, JOINED_ROWS):
+            joined[-2:] = [pa.concat_tables(joined[-2:]).combine_chunks()]
+    return tuple(joined)
 
 
 def _take(tables: Sequence[pa.Table], at_B: Ids) -> pa.Table:

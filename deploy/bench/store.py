@@ -82,9 +82,10 @@ def _measured(num_samples: int, repeats: int) -> dict[str, Any]:
             found: dict[str, Any] = (
                 {"samples": num_samples} | _refreshes(writer, uri, rng) | _commits(writer, place, rng, repeats)
             )
+            found["reader_bytes_per_sample_of_fragments"] = sum(_memory(uri, num_samples))
             writer.compact()
         found["open_ms"] = _median_ms(lambda: ScoreReader(uri), REFRESHES)
-        found |= _memory(uri, num_samples)
+        found["reader_bytes_per_sample"], found["measure_bytes_per_sample"] = _memory(uri, num_samples)
         shutil.rmtree(uri)
         for name, other in OTHERS.items():
             found[f"{name}_rows_per_s"] = _rows_per_second(other, place, num_samples)
@@ -167,14 +168,11 @@ def _raw(folder: Path, number: int, rows: pa.Table) -> None:
     os.close(descriptor)
 
 
-def _memory(uri: Path, num_samples: int) -> dict[str, Any]:
-    """Private memory of a reader, and of the values and percentiles of a measure beside it, in a process of its own."""
+def _memory(uri: Path, num_samples: int) -> tuple[float, float]:
+    """Private bytes of a reader, and of a measure's values and percentiles beside it, in a process of its own."""
     output = subprocess.run([sys.executable, "-c", MEMORY, uri], check=True, capture_output=True, text=True).stdout
     reader, ranks = (int(word) for word in output.split())
-    return {
-        "reader_bytes_per_sample": round(reader / num_samples, 2),
-        "measure_bytes_per_sample": round(ranks / num_samples, 2),
-    }
+    return round(reader / num_samples, 2), round(ranks / num_samples, 2)
 
 
 def _rows(ids: npt.NDArray[np.int64], version: int, rng: np.random.Generator) -> pa.Table:
