@@ -17,9 +17,9 @@ import pyarrow.parquet as pq
 from services.suspects import estimate, quality, suspects
 from shared import open_run
 from shared.catalogue import Run
-from shared.errors import ConfigError, RunError, StoreError
+from shared.errors import ConfigError, StoreCorrupt, StoreError, StoreMismatch
+from shared.run_scores import RunScores
 from shared.schema import arrow_file
-from shared.score_store import ScoreReader
 from shared.storage import Folder, local_path
 
 if TYPE_CHECKING:
@@ -80,8 +80,7 @@ def choose_format(form: str | None, out: str | None) -> str:
 
 def export_scores(run: Run, limit: int | None = None) -> Export:
     """All samples in order of their ids, what is known of each and its latest scores. Raises as `export`."""
-    _scores(run), _samples(run)  # for their errors
-    opened = open_run(run.path)
+    opened = _scores(run)
     facts = {
         "run": run.description["run_id"],
         "store_version": opened.scores.version,
@@ -93,7 +92,7 @@ def export_scores(run: Run, limit: int | None = None) -> Export:
 
 def export_suspects(run: Run, limit: int | None = None) -> Export:
     """The samples that look mislabelled, at most `limit` of them. Raises as `export`."""
-    reader, samples = _scores(run), _samples(run)
+    reader, samples = _scores(run).scores, run.samples()
     found = suspects(reader, samples)
     facts = {
         "run": run.description["run_id"],
@@ -168,23 +167,16 @@ def write_file(out: str, data: "bytes | pa.Buffer") -> None:
         ) from error
 
 
-def _scores(run: Run) -> ScoreReader:
-    unscored = StoreError(f"run {run.path} has no scores yet; to see how far it is: steppe status {run.path}")
-    if not (run.scores_uri / "store.json").exists():
-        raise unscored
-    reader = ScoreReader(run.scores_uri)
-    if not reader.version:
-        raise unscored
-    return reader
-
-
-def _samples(run: Run) -> pa.Table:
+def _scores(run: Run) -> RunScores:
     try:
-        return run.samples()
-    except (OSError, pa.ArrowInvalid) as error:
-        raise RunError(
-            f"cannot read {run.path / 'samples.arrow'}: {error}; bring it back from a copy, or start a new run"
-        ) from error
+        opened = open_run(run.path)
+    except (StoreCorrupt, StoreMismatch):
+        raise
+    except StoreError:
+        opened = None
+    if opened is None or not opened.scores.version:
+        raise StoreError(f"run {run.path} has no scores yet; to see how far it is: steppe status {run.path}")
+    return opened
 
 
 def _csv(exported: Export) -> pa.Buffer:

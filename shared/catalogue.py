@@ -137,8 +137,15 @@ class Run:
             )
 
     def samples(self) -> pa.Table:
-        """sample_id, key, label, clean_label (null without label noise) and domain (null so far) of every sample."""
-        return pa.ipc.open_file(pa.memory_map(str(self.path / "samples.arrow"))).read_all()
+        """sample_id, key, label, clean_label (null without label noise) and domain (null so far) of every sample.
+
+        Raises RunError when the file cannot be read.
+        """
+        path = self.path / "samples.arrow"
+        try:
+            return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        except (OSError, pa.ArrowInvalid) as error:
+            raise RunError(f"cannot read {path}: {error}; bring it back from a copy, or start a new run") from error
 
     def read(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the run; None when it is not there."""

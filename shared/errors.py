@@ -51,7 +51,10 @@ class StoreMismatch(StoreError, ValueError):
 
 
 class Fenced(StoreError):
-    """Another writer took this score store over; nothing of this writer's last commit is visible."""
+    """Another writer took this score store over.
+
+    Of this writer's last commit nothing is visible; or all, when the successor had seen it and went on from there.
+    """
 
 
 class CheckpointError(SteppeError):

@@ -2,10 +2,13 @@
 
 Format 2, in full (`<store>` is a run's `scores/`):
 
-    store.json                    {"format": 2, "num_samples": N, "scoring_id": "..."}; written once
+    store.json                    {"format": 2, "num_samples": N, "scoring_id": "..."}; written once, before all else
     manifests/<generation>.json   what the store holds, 12 digits; the highest generation counts
-    fragments/<name>.arrow        Arrow IPC file, SCORE_SCHEMA: the rows of one commit, in any order
-    snapshots/<name>.arrow        Arrow IPC file, SNAPSHOT_SCHEMA: the latest row of each scored sample, by sample_id
+    fragments/<name>              Arrow IPC file, SCORE_SCHEMA: the rows of one commit, in any order
+    snapshots/<name>              Arrow IPC file, SNAPSHOT_SCHEMA: the latest row of each scored sample, by sample_id
+
+Columns are in the schema's order and have no nulls; sample ids lie in 0..N-1; any number of record batches. Names that
+begin with a dot are being written, or were left by a crash: readers pass over them.
 
 **A manifest** has two lines: a JSON object, and the checksum (XXH3, 128 bits, in hex) of its bytes. The object:
 
@@ -13,27 +16,33 @@ Format 2, in full (`<store>` is a run's `scores/`):
     version, rows                 number of commits of rows so far, 0 before the first; and of their rows
     writer, committed_at          which writer's; when this version was committed (ISO 8601, UTC)
     snapshot, fragments           {name, rows, bytes, xxh3_128, version} or null; a list of such, by rising version;
-                                  xxh3_128 is the checksum of the file
+                                  xxh3_128 is the checksum of the file, bytes its length
     earlier                       [{generation, first, last}]: kept manifests, each for versions first..last
     metadata                      an object of the writer's
 
 The store at this version is the snapshot (which holds all up to its own `version`) and the fragments (each the rows of
 the commit `version`), folded: of a sample's rows that of the highest model_version counts, of equal ones that of the
-later commit, within a commit the later row. Version v of the past is the kept manifest with first <= v <= last without
-the fragments above v.
+later commit, within a commit the later row. In snapshots `store_version` is the commit that brought the row. Version v
+of the past is the newest manifest without the fragments above v, if its snapshot is not above v; else the same of any
+kept manifest with first <= v <= last. Several may be: they agree.
 
 **What makes a version visible**: a manifest appears under its final name, whole, only if its generation was free (link;
 on an object store put-if-absent), and after all that it names is durable. That one operation is the commit, and the
 fence: a successor's first act is to create the next generation. An older writer then finds its next place taken, or,
-if that manifest was removed in the meantime, a higher generation beside its own, which it takes back.
+if that manifest was removed in the meantime, a higher generation beside its own, which therefore does not count.
 
-**What a reader may assume**: files that a manifest names never change. A listing shows the highest generation or one
-that was the highest when the listing began. A named file may be missing for two reasons: it was collected, then a
-higher generation is there, or the store is damaged or half copied. Files that no manifest names do not exist: they
-are being written, or were given up by a crash. They, and what no kept manifest names any more, are removed after a
-grace period. A store of another format is refused with a message that says which, and nothing in it is touched.
+**What a reader may assume**: files that a manifest names never change. The highest generation of a listing was the
+highest when the listing began, or came later; when its file is gone before it is read, a higher one is there: list
+again. A named file that is missing was collected, then a higher generation is there that does not name it; else the
+store is damaged or half copied. Where fragments or snapshots are, a manifest has been. Lengths and Arrow's footers tell
+torn files; what else can be wrong, the checksums tell.
 
-There is no rename, no append to a file, no lock: a store on an object store needs nothing else.
+**What a writer must leave**: only the writer of the newest generation removes files, and looks that it still is that
+after it has listed them. It leaves what the newest manifest and the kept ones name, the last 8 superseded manifests,
+and whatever became unneeded within a grace period, for readers that are about to open it.
+
+A store of another format is refused with a message that says which, and nothing in it is touched. There is no append to
+a file and no lock, and no rename but of temporary names: a store on an object store needs nothing else.
 """
 
 import contextlib

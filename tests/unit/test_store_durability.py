@@ -473,7 +473,7 @@ def test_what_no_kept_version_needs_is_removed_when_old(tmp_path: Path) -> None:
             reader.table(gone)
 
 
-def test_time_travel_reaches_as_far_as_keep_versions_says(tmp_path: Path) -> None:
+def test_time_travel_reaches_as_far_as_retention_says(tmp_path: Path) -> None:
     writer = ScoreWriter(tmp_path, N, retention=Retention(4))
     for version in range(1, 13):
         commit(writer, [0], version)
