@@ -18,6 +18,7 @@ from shared.errors import Fenced
 from shared.score_store import Retention, ScoreReader, ScoreWriter
 from tests.disk import CALLS
 from tests.store_story import fail_in_turn
+from tests.unit.test_store_model import AgainstADict, settings_of
 
 pytestmark = pytest.mark.slow
 KILLS = 100
@@ -93,3 +94,9 @@ def _commit_until_fenced(uri: str, reports: Connection) -> None:
                 writer.compact()
     except Fenced:
         reports.send("fenced")
+
+
+class TestAgainstADictDeeply(AgainstADict.TestCase):  # type: ignore[misc]
+    """Longer stories, and more of them, than the unit tests tell."""
+
+    settings = settings_of(100, 40)
