@@ -452,7 +452,7 @@ CASES = {
     ),
     "template": Case("config init x.toml --template=mnist", "no template 'mnist'; known: fashion_mnist, quickstart"),
     "show": Case("config show no.toml", "no configuration file 'no.toml'; to make one: steppe config init"),
-    "bench": Case("bench speed", "no benchmark 'speed'; known: recovery, flat"),
+    "bench": Case("bench speed", "no benchmark 'speed'; known: recovery, flat, store, store-crash, store-load"),
     # usage
     "scale many": usage(
         "scale many",

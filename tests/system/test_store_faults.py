@@ -52,7 +52,7 @@ def test_each_call_fails_up_to_three_times_and_nothing_is_lost(tmp_path: Path, k
 
 
 def test_a_folder_that_cannot_be_made_at_first(tmp_path: Path) -> None:
-    fail_in_turn(tmp_path, "mkdir", range(1, 10))
+    fail_in_turn(tmp_path, "mkdir", range(1, 1000))
 
 
 @contextlib.contextmanager

@@ -299,8 +299,8 @@ def fails(method: Callable[..., Any], times: int, *, after: bool) -> Callable[..
 
 @pytest.mark.parametrize(
     ("method", "after"),
-    [("write_part", False), ("write_part", True), ("write_manifest", False), ("write_manifest", True)],
-    ids=["fragment", "fragment written", "manifest", "manifest written"],
+    [("begin_part", False), ("begin_part", True), ("write_manifest", False), ("write_manifest", True)],
+    ids=["fragment", "fragment begun", "manifest", "manifest written"],
 )
 def test_a_commit_that_fails_is_tried_again_and_loses_nothing(tmp_path, monkeypatch, method, after):
     with controller_of(tmp_path) as controller:
@@ -321,14 +321,14 @@ def test_a_failing_commit_shows_in_the_status(tmp_path, monkeypatch):
     """Leases go on meanwhile."""
     full = threading.Event()
     full.set()
-    write_part = StoreFiles.write_part
+    begin_part = StoreFiles.begin_part
 
     def part(*args: Any) -> Any:
         if full.is_set():
             raise OSError(28, "No space left on device")
-        return write_part(*args)
+        return begin_part(*args)
 
-    monkeypatch.setattr(StoreFiles, "write_part", part)
+    monkeypatch.setattr(StoreFiles, "begin_part", part)
     with controller_of(tmp_path) as controller:
         score(controller, 1)
         failure = wait_for(lambda: controller.status()["trouble"], what="the failure")

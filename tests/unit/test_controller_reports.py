@@ -176,7 +176,7 @@ def test_flush_on_a_full_disk_raises_and_loses_nothing(tmp_path: Path, monkeypat
     controller = open_controller(tmp_path, commit_interval_s=3600.0)
     controller.report("a", "batch_halved", "")
     wait_for(lambda: metadata(tmp_path).get("reports"), what="the first commit, after which the thread paces itself")
-    monkeypatch.setattr(StoreFiles, "write_part", full(2, StoreFiles.write_part))
+    monkeypatch.setattr(StoreFiles, "begin_part", full(2, StoreFiles.begin_part))
     score(controller, 1)
     for _ in range(2):
         with pytest.raises(OSError, match="No space left"):
@@ -191,7 +191,7 @@ def test_flush_on_a_full_disk_raises_and_loses_nothing(tmp_path: Path, monkeypat
 def test_rows_of_a_failed_flush_are_committed_by_the_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As rows of its own failed commits are: no later submit is needed, and the trouble shows."""
     with controller_of(tmp_path) as controller:
-        monkeypatch.setattr(StoreFiles, "write_part", full(1, StoreFiles.write_part))
+        monkeypatch.setattr(StoreFiles, "begin_part", full(1, StoreFiles.begin_part))
         with controller._lock:  # the thread sees the rows only after the flush
             score(controller, 1)
             with pytest.raises(OSError, match="No space left"):
@@ -213,7 +213,7 @@ def test_flush_after_a_takeover_is_refused(tmp_path: Path) -> None:
 def test_failing_commits_are_in_the_diary_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with controller_of(tmp_path) as controller:
         for version, times in ((1, 4), (2, 2)):
-            monkeypatch.setattr(StoreFiles, "write_part", full(times, StoreFiles.write_part))
+            monkeypatch.setattr(StoreFiles, "begin_part", full(times, StoreFiles.begin_part))
             score(controller, version)
             wait_for(lambda: controller.status()["leased"] == 0, what="the commit")
 
