@@ -8,7 +8,8 @@ Format 2, in full (`<store>` is a run's `scores/`):
     snapshots/<name>              Arrow IPC file, SNAPSHOT_SCHEMA: the latest row of each scored sample, by sample_id
 
 Columns are in the schema's order and have no nulls; sample ids lie in 0..N-1; any number of record batches. Names that
-begin with a dot are being written, or were left by a crash: readers pass over them.
+begin with a dot, and fragments and snapshots that no manifest names, are being written or were left by a crash: readers
+pass over them.
 
 **A manifest** has two lines: a JSON object, and the checksum (XXH3, 128 bits, in hex) of its bytes. The object:
 
@@ -42,7 +43,7 @@ after it has listed them. It leaves what the newest manifest and the kept ones n
 and whatever became unneeded within a grace period, for readers that are about to open it.
 
 A store of another format is refused with a message that says which, and nothing in it is touched. There is no append to
-a file and no lock, and no rename but of temporary names: a store on an object store needs nothing else.
+a file, no rename and no lock: a store on an object store needs nothing else.
 """
 
 import contextlib

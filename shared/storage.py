@@ -51,12 +51,15 @@ def is_mappable(path: Path) -> bool:
     return kind in MAPPABLE_DISKS
 
 
+SPARES = 8
+
+
 class Folder:
-    """One folder. A name is visible only with its whole content; all that is written is durable."""
+    """One folder. What is written is durable, and its name visible only with the whole content (but see `fill`)."""
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:
         self.path = local_path(uri)
-        self._spares: list[Path] = []
+        self._spares: list[str] = []
 
     def make(self) -> "Folder":
         """Create the folder when it is not there, durably; also one that somebody created and could not make so."""
@@ -87,21 +90,9 @@ class Folder:
 
     def draft(self, data: "bytes | pa.Buffer") -> Path:
         """The first half of `create`: a durable file under a temporary name, to be published or removed."""
-        path = self._spares.pop() if self._spares else self._temporary()
+        path = self.path / f".draft-{secrets.token_hex(8)}"
         _write_out(path, data)
         return path
-
-    def prepare(self) -> None:
-        """Have an empty file ready for the next `draft`: to make one is a good part of its time."""
-        if not self._spares:
-            path = self._temporary()
-            os.close(_open(path))
-            self._spares.append(path)
-
-    def tidy(self) -> None:
-        """Remove what `prepare` made and nobody used."""
-        while self._spares:
-            self._spares.pop().unlink(missing_ok=True)
 
     def publish(self, draft: Path, name: str) -> bool:
         """The second half: give the draft its name unless that exists. The draft goes."""
@@ -115,12 +106,37 @@ class Folder:
         self.sync()
         return True
 
+    def new_name(self, suffix: str) -> str:
+        """A name of nobody else's, to `fill`; one of those that `prepare` made while there are any."""
+        return self._spares.pop() if self._spares else f"{secrets.token_hex(12)}{suffix}"
+
+    def fill(self, name: str, data: "bytes | pa.Buffer") -> None:
+        """Write `name`, a new one. It is visible before its content is: only who is told of it then may read it."""
+        is_durable_name = (self.path / name).exists()
+        _write_out(self.path / name, data)
+        if not is_durable_name:
+            self.sync()
+
+    def prepare(self, suffix: str) -> None:
+        """Have names ready, durable and empty, for what comes: to make them is a good part of the time of `fill`."""
+        if not self._spares:
+            names = [self.new_name(suffix) for _ in range(SPARES)]
+            for name in names:
+                os.close(_open(self.path / name))
+            self.sync()
+            self._spares += names
+
+    def tidy(self) -> None:
+        """Remove what `prepare` made and nobody used."""
+        while self._spares:
+            self.delete(self._spares.pop())
+
     def read(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
 
     def names(self) -> list[str]:
-        """Names in order; a folder that is not there is empty, temporary files are not names."""
-        return [name for name in self._listing() if not name.startswith(".")]
+        """Names in order, but of temporary and prepared files; a folder that is not there is empty."""
+        return [name for name in self._listing() if not name.startswith(".") and name not in self._spares]
 
     def temporary_names(self) -> list[str]:
         """What `put` and `create` are writing now, or died over."""
@@ -133,9 +149,6 @@ class Folder:
     def delete(self, name: str) -> None:
         """Remove `name`; nothing happens when it is not there."""
         (self.path / name).unlink(missing_ok=True)
-
-    def _temporary(self) -> Path:
-        return self.path / f".draft-{secrets.token_hex(8)}"
 
     def _listing(self) -> list[str]:
         try:

@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import os
 import re
-import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +25,9 @@ from shared.storage import Folder, is_mappable
 FORMAT = 2
 SUPERSEDED_MANIFESTS_KEPT = 8  # a listing may miss names that come and go while it is made, but not so many
 READ_BYTES = 1 << 24
+WRITING_THREADS = 3  # a commit's fragment, what is prepared for the next, and a snapshot
 FRAGMENTS, SNAPSHOTS = "fragments", "snapshots"
+PART_SUFFIX = ".arrow"
 Answer = TypeVar("Answer")
 MANIFEST_NAME = re.compile(r"[0-9]{12}\.json")
 
@@ -117,7 +118,7 @@ class StoreFiles:
         self._manifests = Folder(self.path / "manifests")
         self._parts = {name: Folder(self.path / name) for name in (FRAGMENTS, SNAPSHOTS)}
         self._maps = is_mappable(self.path)
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="store")
+        self._threads = ThreadPoolExecutor(WRITING_THREADS, thread_name_prefix="store")
         self._unneeded: dict[tuple[str, str], float] = {}  # folder and name -> since when, by time.monotonic
 
     def create(self, num_samples: int, scoring_id: str) -> None:
@@ -215,12 +216,11 @@ class StoreFiles:
         return self._manifests.publish(draft, name)
 
     def prepare(self, newest: Manifest) -> None:
-        """Beside what comes next: have files ready, and remove the manifest that was superseded long enough ago."""
+        """Beside what comes next: have names ready, and remove the manifest that was superseded long enough ago."""
         superseded = newest.generation - SUPERSEDED_MANIFESTS_KEPT - 1
 
         def prepare() -> None:  # what fails here is made, or collected, later
-            self._parts[FRAGMENTS].prepare()
-            self._manifests.prepare()
+            self._parts[FRAGMENTS].prepare(PART_SUFFIX)
             if all(anchor.generation != superseded for anchor in newest.earlier):
                 self._manifests.delete(_name(superseded))
 
@@ -229,16 +229,16 @@ class StoreFiles:
     def close(self) -> None:
         """Remove what was prepared."""
         self._threads.shutdown()
-        for folder in (self._parts[FRAGMENTS], self._manifests):
-            with contextlib.suppress(OSError):
-                folder.tidy()
+        with contextlib.suppress(OSError):
+            self._parts[FRAGMENTS].tidy()
 
     def _beside(self, act: Callable[[], Answer]) -> Callable[[], Answer]:
         """Do `act` in another thread; the answer waits for it."""
         try:
             return self._threads.submit(act).result
         except RuntimeError:  # Python ends and starts no more threads
-            return act
+            answer = act()
+            return lambda: answer
 
     def sync_manifests(self) -> None:
         self._manifests.sync()
@@ -327,9 +327,9 @@ class NewPart:
         self, folder: Folder, rows: pa.Table, version: int, beside: Callable[[Callable[[], None]], Callable[[], None]]
     ) -> None:
         self._folder, self._rows, self._version = folder, rows.num_rows, version
-        self._name = f"{version:012d}-{secrets.token_hex(8)}.arrow"
+        self._name = folder.new_name(PART_SUFFIX)
         self._data = data = arrow_file(rows)
-        self.wait = beside(lambda: folder.put(self._name, data))
+        self.wait = beside(lambda: folder.fill(self._name, data))
         """Waits until it is durable."""
         time.sleep(0)  # lets the other thread begin
 

@@ -14,11 +14,12 @@ import pytest
 from shared import store_check, store_files
 from shared.errors import Fenced, StoreCorrupt
 from shared.score_store import Retention, ScoreReader, ScoreWriter
-from tests.disk import Call, Disk
+from tests.disk import CALLS, Call, Disk
 from tests.rows import make_rows
 
 N = 6
 KEPT = 2  # earlier versions
+KINDS = [kind for kind in CALLS if kind != "replace"]  # the store renames nothing
 Latest = dict[int, tuple[int, float]]
 Answer = TypeVar("Answer")
 

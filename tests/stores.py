@@ -8,8 +8,10 @@ from typing import Any
 
 import pyarrow as pa
 
+from shared import store_check
 from shared.schema import SCORE_SCHEMA
 from shared.score_store import ScoreReader, ScoreWriter
+from shared.store_files import StoreFiles
 from tests.rows import make_rows
 
 N = 10
@@ -43,5 +45,18 @@ def age(uri: Path) -> None:
 
 
 def names(uri: Path, folder: str) -> set[str]:
-    """Without temporary ones."""
-    return {name for name in os.listdir(uri / folder) if not name.startswith(".")}
+    """Without what is being written or prepared."""
+    found = set()
+    for name in os.listdir(uri / folder):
+        with contextlib.suppress(FileNotFoundError):  # superseded meanwhile
+            if not name.startswith(".") and (uri / folder / name).stat().st_size:
+                found.add(name)
+    return found
+
+
+def named(uri: Path, folder: str) -> list[Path]:
+    """The manifests, or what the newest and those that it keeps name, by version."""
+    if folder == "manifests":
+        return sorted((uri / folder).glob("[0-9]*"))
+    kept = {item for manifest in store_check.manifests(StoreFiles(uri)) for item in manifest.parts()}
+    return [uri / kind / part.name for kind, part in sorted(kept, key=lambda item: item[1].version) if kind == folder]

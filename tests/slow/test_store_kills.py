@@ -16,8 +16,7 @@ from deploy.bench.load import load
 from shared import store_check
 from shared.errors import Fenced
 from shared.score_store import Retention, ScoreReader, ScoreWriter
-from tests.disk import CALLS
-from tests.store_story import fail_in_turn
+from tests.store_story import KINDS, fail_in_turn
 from tests.unit.test_store_model import AgainstADict, settings_of
 
 pytestmark = pytest.mark.slow
@@ -41,7 +40,7 @@ def test_readers_beside_a_busy_writer_see_whole_versions_that_rise(tmp_path: Pat
     assert found["refreshes"] > 100
 
 
-@pytest.mark.parametrize("kind", CALLS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_call_fails_up_to_three_times_and_nothing_is_lost(tmp_path: Path, kind: str) -> None:
     fail_in_turn(tmp_path, kind, range(1, 1000))
 

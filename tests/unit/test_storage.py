@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from shared.errors import ConfigError
-from shared.storage import Folder, local_path
+from shared.storage import SPARES, Folder, local_path
+from tests.disk import Disk
 
 WRITES = {"put": Folder.put, "create": Folder.create}
 
@@ -142,18 +143,35 @@ def test_create_that_nfs_answers_twice_is_made(tmp_path: Path, monkeypatch: pyte
     assert not Folder(tmp_path).create("x", b"other")
 
 
-def test_prepared_drafts_are_used_once_or_tidied_up(tmp_path: Path) -> None:
+def test_prepared_names_are_used_once_or_tidied_up(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
-    folder.prepare()
-    folder.prepare()
-    (spare,) = folder.temporary_names()
-    folder.put("x", b"1")
-    assert folder.temporary_names() == []
-    folder.prepare()
-    os.unlink(tmp_path / folder.temporary_names()[0])  # somebody collected it
-    assert folder.create("y", b"2")
-    folder.prepare()
-    folder.tidy()
+    folder.prepare(".arrow")
+    folder.prepare(".arrow")
+    prepared = set(os.listdir(tmp_path))
+    first, second = folder.new_name(".arrow"), folder.new_name(".arrow")
+    folder.fill(first, b"1")
+    os.unlink(tmp_path / second)  # somebody collected it
+    folder.fill(second, b"2")
 
-    assert os.listdir(tmp_path) in (["x", "y"], ["y", "x"])
-    assert spare.startswith(".draft-")
+    assert len(prepared) == SPARES
+    assert {first, second} < prepared
+    assert folder.names() == sorted([first, second])
+    folder.tidy()
+    assert sorted(os.listdir(tmp_path)) == sorted([first, second])
+    assert folder.read(first) + folder.read(second) == b"12"
+
+
+def test_filled_names_are_durable(tmp_path: Path) -> None:
+    """Prepared ones, one that is new, and one that somebody collected."""
+    disk = Disk(tmp_path)
+    with disk.watching():
+        folder = Folder(tmp_path / "a").make()
+        names = [folder.new_name("") for _ in range(2)]
+        folder.prepare("")
+        names += [folder.new_name("") for _ in range(2)]
+        os.unlink(folder.path / names[-1])
+        for name in names:
+            folder.fill(name, name.encode())
+
+        left = disk.after_power_cut(tmp_path.with_name("left"))
+    assert [(left / "a" / name).read_bytes() for name in names] == [name.encode() for name in names]

@@ -15,6 +15,7 @@ from shared.samples import Images
 from shared.score_store import ScoreReader, ScoreWriter
 from shared.store_check import verify
 from tests.rows import make_rows
+from tests.stores import named
 
 N = 5
 
@@ -40,7 +41,7 @@ def store(*arguments: object) -> Result:
 
 def parts(run: Run) -> list[Path]:
     """The files of the newest version, the snapshot first."""
-    return sorted((run.scores_uri / "snapshots").iterdir()) + sorted((run.scores_uri / "fragments").iterdir())[-2:]
+    return named(run.scores_uri, "snapshots") + named(run.scores_uri, "fragments")[-2:]
 
 
 def test_a_whole_store_is_whole(run: Run) -> None:
@@ -78,7 +79,7 @@ def test_missing_and_torn_files_are_named(run: Run) -> None:
 
 def test_kept_versions_are_verified_too(run: Run) -> None:
     """Version 1 is in fragments that only the kept manifest of that time names."""
-    first = min((run.scores_uri / "fragments").iterdir())
+    first = named(run.scores_uri, "fragments")[0]
     first.unlink()
 
     assert ScoreReader(run.scores_uri).version == 4

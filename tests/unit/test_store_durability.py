@@ -2,8 +2,8 @@
 
 import contextlib
 import errno
-import itertools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,7 +21,7 @@ from shared.errors import ConfigError, Fenced, StoreCorrupt, StoreError
 from shared.score_store import Retention, ScoreReader, ScoreWriter
 from shared.store_files import StoreFiles
 from tests.rows import make_rows
-from tests.stores import N, age, commit, latest, names, read
+from tests.stores import N, age, commit, latest, named, names, read
 from tests.waiting import wait_for
 
 # Damage
@@ -75,7 +75,7 @@ def test_reader_names_the_damaged_file_and_goes_on_with_what_it_has(
     commit(writer, [0], 1)
     reader = ScoreReader(tmp_path)
     commit(writer, [0, 1], 2)
-    path = max((tmp_path / folder).iterdir())
+    path = named(tmp_path, folder)[-1]
     whole = path.read_bytes()
     damage(path)
 
@@ -109,7 +109,7 @@ def test_a_flipped_byte_anywhere_is_an_error_that_names_the_file_or_is_found_by_
     if folder == "snapshots":
         writer.compact()
     writer.close()
-    (path,) = (tmp_path / folder).glob("[0-9]*")
+    (path,) = named(tmp_path, folder)
     whole = path.read_bytes()
     for at in range(0, len(whole), 7):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :])
@@ -157,7 +157,7 @@ def test_an_earlier_version_of_which_a_file_is_missing(tmp_path: Path) -> None:
         commit(writer, [0], version)
         writer.compact()
     reader = ScoreReader(tmp_path)
-    first = min((tmp_path / "fragments").glob("[0-9]*"))
+    first = named(tmp_path, "fragments")[0]
     first.rename(tmp_path / "aside")
 
     for call in (lambda: reader.table(1), lambda: reader.history(0)):
@@ -203,13 +203,16 @@ def test_files_of_other_names_are_no_manifests(tmp_path: Path) -> None:
 
 
 @contextlib.contextmanager
-def no_space(monkeypatch: pytest.MonkeyPatch, function: str, call: int, *, after: bool = False) -> Iterator[None]:
-    """From its `call`-th call on os.`function` raises ENOSPC, before or after having done its work."""
-    real, calls = getattr(os, function), itertools.count(1)
+def no_space(
+    monkeypatch: pytest.MonkeyPatch, function: str, where: str = ".*", *, after: bool = False
+) -> Iterator[None]:
+    """Calls of os.`function` for a path that ends in `where` raise ENOSPC, before or after having done their work."""
+    real = getattr(os, function)
 
-    def fail(*args: Any) -> Any:
-        failing = next(calls) >= call
-        result = None if failing and not after else real(*args)
+    def fail(file: Any, *args: Any) -> Any:
+        path = os.readlink(f"/proc/self/fd/{file}") if isinstance(file, int) else str(file)
+        failing = re.fullmatch(f".*/{where}", path)
+        result = None if failing and not after else real(file, *args)
         if failing:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return result
@@ -220,26 +223,29 @@ def no_space(monkeypatch: pytest.MonkeyPatch, function: str, call: int, *, after
 
 
 FAILURES = [
-    *(pytest.param("fsync", call, False, id=f"fsync {call}") for call in (1, 2, 3, 4)),  # the fourth is after the link
-    pytest.param("link", 1, False, id="before the link"),
-    pytest.param("link", 1, True, id="after the link"),
+    pytest.param("fsync", r"(fragments|snapshots)/\w+\.arrow", False, id="sync of the part"),
+    pytest.param("fsync", r"manifests/\..*", False, id="sync of the manifest"),
+    pytest.param("fsync", "manifests", False, id="sync after the link"),
+    pytest.param("link", ".*", False, id="before the link"),
+    pytest.param("link", ".*", True, id="after the link"),
 ]
+NO_NAME = pytest.param("fsync", "(fragments|snapshots)", False, id="sync of the part's name")
 
 
-@pytest.mark.parametrize(("function", "call", "after"), FAILURES)
+@pytest.mark.parametrize(("function", "where", "after"), FAILURES)
 def test_failed_commit_is_brought_by_the_next_one_exactly_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, call: int, after: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, where: str, after: bool
 ) -> None:
     writer, reader = ScoreWriter(tmp_path, N), ScoreReader(tmp_path)
     commit(writer, [0, 1], 1)
     writer.append(make_rows([1, 2], 2))
     for _ in range(2):
-        with no_space(monkeypatch, function, call, after=after), contextlib.suppress(OSError):
+        with no_space(monkeypatch, function, where, after=after), contextlib.suppress(OSError):
             writer.commit()
         reader.refresh()
         assert latest(reader.table()).keys() in ({0, 1}, {0, 1, 2})  # whole: the old version or the new one
     writer.append(make_rows([3], 2))
-    took_effect = after or call == 4
+    took_effect = after or where == "manifests"
 
     assert writer.commit() == (3 if took_effect else 2)
     assert writer.commit() == writer.version == reader.refresh()
@@ -251,10 +257,10 @@ def test_failed_commit_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     writer = ScoreWriter(tmp_path, N)
     writer.append(make_rows([0]))
 
-    for model_version, failure in enumerate(FAILURES, start=2):
-        function, call, after = failure.values
+    for model_version, failure in enumerate([NO_NAME, *FAILURES], start=2):  # the first has no name prepared
+        function, where, after = failure.values
         writer.append(make_rows([0], model_version=model_version))
-        with no_space(monkeypatch, function, call, after=after), pytest.raises(OSError, match="No space"):
+        with no_space(monkeypatch, function, where, after=after), pytest.raises(OSError, match="No space"):
             writer.commit()
 
 
@@ -267,7 +273,7 @@ def test_late_rows_of_a_commit_that_took_effect_are_not_written_again(
     writer.append(make_rows([0], 3))
     writer.append(make_rows([1], 3, margin=1.0))
     writer.append(make_rows([1], 3, margin=2.0))
-    with no_space(monkeypatch, "link", 1, after=True), pytest.raises(OSError, match="No space"):
+    with no_space(monkeypatch, "link", after=True), pytest.raises(OSError, match="No space"):
         writer.commit()
 
     assert writer.commit() == 2
@@ -275,13 +281,13 @@ def test_late_rows_of_a_commit_that_took_effect_are_not_written_again(
     assert read(tmp_path) == {0: (5, -1.0), 1: (3, 2.0)}
 
 
-@pytest.mark.parametrize(("function", "call", "after"), FAILURES)
+@pytest.mark.parametrize(("function", "where", "after"), [*FAILURES, NO_NAME])
 def test_failed_compaction_changes_no_answer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, call: int, after: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, where: str, after: bool
 ) -> None:
     writer = ScoreWriter(tmp_path, N)
     commit(writer, [0, 1], 1)
-    with no_space(monkeypatch, function, call, after=after), pytest.raises(OSError, match="No space"):
+    with no_space(monkeypatch, function, where, after=after), pytest.raises(OSError, match="No space"):
         writer.compact()
 
     assert read(tmp_path) == {0: (1, -1.0), 1: (1, -1.0)}
@@ -293,7 +299,7 @@ def test_failed_compaction_changes_no_answer(
 def test_successor_of_a_writer_with_a_half_failed_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = ScoreWriter(tmp_path, N)
     first.append(make_rows([0]))
-    with no_space(monkeypatch, "link", 1, after=True), pytest.raises(OSError, match="No space"):
+    with no_space(monkeypatch, "link", after=True), pytest.raises(OSError, match="No space"):
         first.commit()
     second = ScoreWriter(tmp_path, N)
     first.append(make_rows([1]))
@@ -310,10 +316,10 @@ def test_what_fails_while_a_commit_is_settled_is_settled_by_the_next_one(
     """A commit that took effect is reported only when it would survive a power cut."""
     writer = ScoreWriter(tmp_path, N)
     writer.append(make_rows([0]))
-    with no_space(monkeypatch, "link", 1, after=True), pytest.raises(OSError, match="No space"):
+    with no_space(monkeypatch, "link", after=True), pytest.raises(OSError, match="No space"):
         writer.commit()
     for function in ("listdir", "fsync"):
-        with no_space(monkeypatch, function, 1), pytest.raises(OSError, match="No space"):
+        with no_space(monkeypatch, function), pytest.raises(OSError, match="No space"):
             writer.commit()
 
     assert (writer.commit(), writer.rows) == (1, 1)
@@ -324,7 +330,7 @@ def test_a_failed_commit_leaves_no_fragment_behind(tmp_path: Path, monkeypatch: 
     writer = ScoreWriter(tmp_path, N)
     writer.append(make_rows([0]))
     for _ in range(3):
-        with no_space(monkeypatch, "link", 1), pytest.raises(OSError, match="No space"):
+        with no_space(monkeypatch, "link"), pytest.raises(OSError, match="No space"):
             writer.commit()
     writer.commit()
 
