@@ -82,10 +82,10 @@ def _measured(num_samples: int, repeats: int) -> dict[str, Any]:
             found: dict[str, Any] = (
                 {"samples": num_samples} | _refreshes(writer, uri, rng) | _commits(writer, place, rng, repeats)
             )
-            found["reader_bytes_per_sample_of_fragments"] = sum(_memory(uri, num_samples))
+            found |= _memory(uri, num_samples, "_of_fragments")
             writer.compact()
         found["open_ms"] = _median_ms(lambda: ScoreReader(uri), REFRESHES)
-        found["reader_bytes_per_sample"], found["measure_bytes_per_sample"] = _memory(uri, num_samples)
+        found |= _memory(uri, num_samples)
         shutil.rmtree(uri)
         for name, other in OTHERS.items():
             found[f"{name}_rows_per_s"] = _rows_per_second(other, place, num_samples)
@@ -168,11 +168,11 @@ def _raw(folder: Path, number: int, rows: pa.Table) -> None:
     os.close(descriptor)
 
 
-def _memory(uri: Path, num_samples: int) -> tuple[float, float]:
+def _memory(uri: Path, num_samples: int, when: str = "") -> dict[str, float]:
     """Private bytes of a reader, and of a measure's values and percentiles beside it, in a process of its own."""
     output = subprocess.run([sys.executable, "-c", MEMORY, uri], check=True, capture_output=True, text=True).stdout
-    reader, ranks = (int(word) for word in output.split())
-    return round(reader / num_samples, 2), round(ranks / num_samples, 2)
+    each = (round(int(word) / num_samples, 2) for word in output.split())
+    return {f"{what}_bytes_per_sample{when}": size for what, size in zip(("reader", "measure"), each, strict=True)}
 
 
 def _rows(ids: npt.NDArray[np.int64], version: int, rng: np.random.Generator) -> pa.Table:
