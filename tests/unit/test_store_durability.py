@@ -20,6 +20,7 @@ from shared import score_store, store_check, store_files
 from shared.errors import ConfigError, Fenced, StoreCorrupt, StoreError
 from shared.score_store import Retention, ScoreReader, ScoreWriter
 from shared.store_files import StoreFiles
+from tests.disk import Call, Disk
 from tests.rows import make_rows
 from tests.stores import N, age, commit, latest, named, names, read
 from tests.waiting import wait_for
@@ -324,6 +325,27 @@ def test_what_fails_while_a_commit_is_settled_is_settled_by_the_next_one(
 
     assert (writer.commit(), writer.rows) == (1, 1)
     assert commit(writer, [0]) == 1
+
+
+def test_a_description_that_could_not_be_made_durable_is_by_the_next_writer(tmp_path: Path) -> None:
+    linked = []
+
+    def fail_after_the_link(call: Call) -> None:
+        if call[0] == "link":
+            linked.append(call)
+        if call == ("fsync", "scores") and len(linked) == 1:
+            linked.append(call)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    root = tmp_path / "disk"
+    root.mkdir()
+    disk = Disk(root, fail_after_the_link)
+    with disk.watching():
+        with pytest.raises(OSError, match="Input/output"):
+            ScoreWriter(root / "scores", N)
+        commit(ScoreWriter(root / "scores", N), [0])
+
+        assert read(disk.after_power_cut(tmp_path / "left") / "scores").keys() == {0}
 
 
 def test_a_failed_commit_leaves_no_fragment_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
