@@ -126,11 +126,10 @@ class StoreFiles:
         wanted = {"format": FORMAT, "num_samples": num_samples, "scoring_id": scoring_id}
         if "store.json" in self._root.names() or self.generations():
             self._check(wanted)
-        for folder in (self._root, self._manifests, *self._parts.values()):
-            folder.make()
-        if not self._root.create("store.json", orjson.dumps(wanted)):
+        if not self._root.make().create("store.json", orjson.dumps(wanted)):
             self._check(wanted)
-            self._root.sync()  # whoever created it may not have come to that
+        for folder in (self._manifests, *self._parts.values()):
+            folder.make()  # syncs the root: whoever created store.json may not have come to that
 
     def _check(self, wanted: Mapping[str, Any]) -> None:
         found = self.describe()

@@ -189,6 +189,20 @@ def test_history_of_a_reader_whose_files_were_collected(tmp_path: Path) -> None:
     assert ScoreReader(tmp_path).history(0)["model_version"].to_pylist() == [3]
 
 
+def test_a_version_that_was_let_go_after_the_reader_opened_is_no_damage(tmp_path: Path) -> None:
+    with ScoreWriter(tmp_path, N) as writer:
+        for version in (1, 2, 3):
+            commit(writer, [0], version)
+            writer.compact()
+    reader = ScoreReader(tmp_path)
+    with ScoreWriter(tmp_path, N, retention=Retention(0), grace_s=0.0) as writer:
+        writer.compact()
+
+    with pytest.raises(StoreError, match="version 1 is no longer kept"):
+        reader.table(1)
+    assert reader.history(0)["model_version"].to_pylist() == [3]
+
+
 def test_files_of_other_names_are_no_manifests(tmp_path: Path) -> None:
     with ScoreWriter(tmp_path, N) as writer:
         commit(writer, [0])
