@@ -34,7 +34,9 @@ def verify(folder: RunFolder = None, root: Root = "runs", as_json: AsJson = Fals
     else:
         for problem in problems:
             typer.echo(problem.problem)
-        typer.echo(f"{run.scores_uri}: {len(problems)} problems" if problems else f"{run.scores_uri} is whole")
+        typer.echo(
+            f"{run.scores_uri}: files that are damaged: {len(problems)}" if problems else f"{run.scores_uri} is whole"
+        )
     if problems:
         raise typer.Exit(1)
 

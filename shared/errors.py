@@ -45,6 +45,10 @@ class StoreError(SteppeError):
 class StoreCorrupt(StoreError):
     """A file of the score store is torn, altered or missing; the message names it."""
 
+    @classmethod
+    def of(cls, file: object, problem: object) -> "StoreCorrupt":
+        return cls(f"{file} {problem}; restore it from a copy")
+
 
 class StoreMismatch(StoreError, ValueError):
     """Rows, sizes or formats that do not belong to this score store."""

@@ -486,9 +486,7 @@ class ScoreReader:
                 except FileNotFoundError as error:
                     # Compacted and collected between reading the manifest and opening its files: a newer one is there.
                     if attempt == 4:
-                        raise StoreCorrupt(
-                            f"{error.filename} is named by a manifest and missing; restore it"
-                        ) from error
+                        raise StoreCorrupt.of(error.filename, "is named by a manifest and missing") from error
                 else:
                     break
             return self._view.version
@@ -576,7 +574,7 @@ class ScoreReader:
         except FileNotFoundError as error:
             if self._store.read_kept(anchor, newest) is None:
                 return None
-            raise StoreCorrupt(f"{error.filename} is named by a manifest and missing; restore it") from error
+            raise StoreCorrupt.of(error.filename, "is named by a manifest and missing") from error
 
     def _check_ids(self, wanted: npt.NDArray[Any]) -> None:
         if len(wanted) and wanted.dtype.kind not in "iu":

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from shared.errors import StoreCorrupt, StoreError
+from shared.storage import Folder
 from shared.store_files import FRAGMENTS, SNAPSHOTS, Manifest, Part, StoreFiles
 from shared.store_view import column_array
 
@@ -43,9 +44,11 @@ def verify(uri: str | os.PathLike[str], progress: Callable[[int, int], None] | N
             _check_rows(store.read_part(kind, part), kind, num_samples, str(path))
         except FileNotFoundError:
             if (kind, part) in _parts(store):  # else it was collected meanwhile
-                problems.append(Problem(str(path), f"{path} is missing; restore it from a copy"))
-        except (StoreCorrupt, OSError) as error:
-            problems.append(Problem(str(path), f"{error}; restore it from a copy"))
+                problems.append(Problem(str(path), str(StoreCorrupt.of(path, "is missing"))))
+        except StoreCorrupt as error:
+            problems.append(Problem(str(path), str(error)))
+        except OSError as error:
+            problems.append(Problem(str(path), str(StoreCorrupt.of(path, f"cannot be read: {error}"))))
         done += part.bytes
         if progress is not None:
             progress(done, sum(part.bytes for _, part in parts))
@@ -63,9 +66,9 @@ def stats(uri: str | os.PathLike[str]) -> dict[str, Any]:
     named = {(kind, part.name): part.bytes for m in (newest, *earlier) for kind, part in m.parts()}
     there = {}
     for kind in (FRAGMENTS, SNAPSHOTS):
-        for path in (store.path / kind).iterdir():
+        for name in Folder(store.path / kind).names():
             with contextlib.suppress(FileNotFoundError):  # collected meanwhile
-                there[kind, path.name] = path.stat().st_size
+                there[kind, name] = (store.path / kind / name).stat().st_size
     return {
         "store": str(store.path),
         **description,
@@ -105,6 +108,6 @@ def _parts(store: StoreFiles) -> list[tuple[str, Part]]:
 def _check_rows(rows: pa.Table, kind: str, num_samples: int, path: str) -> None:
     ids = column_array(rows, "sample_id")
     if len(ids) and (ids.min() < 0 or ids.max() >= num_samples):
-        raise StoreCorrupt(f"{path} has sample ids {ids.min()}..{ids.max()}, outside 0..{num_samples - 1}")
+        raise StoreCorrupt.of(path, f"has sample ids {ids.min()}..{ids.max()}, outside 0..{num_samples - 1}")
     if kind == SNAPSHOTS and (np.diff(ids) <= 0).any():
-        raise StoreCorrupt(f"{path} is not sorted by sample_id with one row of each")
+        raise StoreCorrupt.of(path, "is not sorted by sample_id with one row of each")

@@ -94,7 +94,7 @@ class Manifest:
         """Raises StoreCorrupt for a torn or altered manifest, StoreMismatch for one of another format."""
         text, _, checksum = data.partition(b"\n")
         if _checksum(text).encode() + b"\n" != checksum:
-            raise StoreCorrupt(f"{name} does not match its checksum; restore the file or take the store from a copy")
+            raise StoreCorrupt.of(name, "does not match its checksum")
         try:
             body = orjson.loads(text)
             _check_format(body, name)
@@ -106,7 +106,7 @@ class Manifest:
         except StoreMismatch:
             raise
         except (ValueError, KeyError, TypeError) as error:
-            raise StoreCorrupt(f"{name} is not a manifest: {error}") from error
+            raise StoreCorrupt.of(name, f"is not a manifest: {error}") from error
 
 
 class StoreFiles:
@@ -147,12 +147,12 @@ class StoreFiles:
             description["num_samples"], description["scoring_id"]
         except FileNotFoundError:
             if self.generations():
-                raise StoreCorrupt(f"{path} is missing; restore the store from a copy") from None
-            raise StoreError(f"no score store at {self.path}; a ScoreWriter creates one") from None
+                raise StoreCorrupt.of(path, "is missing") from None
+            raise StoreError(f"no score store at {self.path} yet; a run makes it when its scoring begins") from None
         except StoreMismatch:
             raise
         except (ValueError, KeyError, TypeError) as error:
-            raise StoreCorrupt(f"{path}: {error}; restore it from a copy") from error
+            raise StoreCorrupt.of(path, f"does not describe a score store: {error}") from error
         return description
 
     def generations(self) -> list[int]:
@@ -169,7 +169,7 @@ class StoreFiles:
                 if known is None and not any(folder.names() for folder in self._parts.values()):
                     return None
                 if not self.generations():  # the first may have come before those parts
-                    raise StoreCorrupt(f"{self._manifests.path} has no manifest; restore the store from a copy")
+                    raise StoreCorrupt.of(self._manifests.path, "has no manifest")
                 continue
             if known is not None and generations[-1] <= known.generation:
                 return known
@@ -195,7 +195,7 @@ class StoreFiles:
             return None
         if found is None:
             path = self._manifests.path / _name(anchor.generation)
-            raise StoreCorrupt(f"{path}, kept for versions {anchor.first} to {anchor.last}, is missing; restore it")
+            raise StoreCorrupt.of(path, f"is missing and was kept for versions {anchor.first} to {anchor.last}")
         return found
 
     def write_manifest(self, manifest: Manifest, part: "NewPart | None" = None) -> bool:
@@ -250,32 +250,31 @@ class StoreFiles:
         path = self.part_path(kind, part)
         length = path.stat().st_size
         if length != part.bytes:
-            raise StoreCorrupt(f"{path} has {length} bytes, its manifest says {part.bytes}")
+            raise StoreCorrupt.of(path, f"has {length} bytes where its manifest says {part.bytes}")
         try:
             with pa.memory_map(str(path)) if self._maps else pa.OSFile(str(path)) as file:
                 table = pa.ipc.open_file(file).read_all()
         except FileNotFoundError:
             raise
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise StoreCorrupt(f"{path}: {error}") from error
+            raise StoreCorrupt.of(path, f"is not an Arrow file: {error}") from error
         if kind == FRAGMENTS:
             table = table.append_column("store_version", pa.array(np.full(table.num_rows, part.version)))
         if table.schema != SNAPSHOT_SCHEMA or table.num_rows != part.rows:
-            raise StoreCorrupt(f"{path} does not hold what its manifest says")
+            raise StoreCorrupt.of(path, "does not hold what its manifest says")
         if any(column.null_count for column in table.columns):
-            raise StoreCorrupt(f"{path} has nulls; rows of scores have none")
+            raise StoreCorrupt.of(path, "has nulls where rows of scores have none")
         return table
 
     def check_part(self, kind: str, part: Part) -> None:
         """Every byte against the manifest's checksum. Raises StoreCorrupt, FileNotFoundError."""
-        path = self.part_path(kind, part)
-        digest = xxhash.xxh3_128()
+        self.read_part(kind, part)
+        path, digest = self.part_path(kind, part), xxhash.xxh3_128()
         with open(path, "rb") as file:
             while some := file.read(READ_BYTES):
                 digest.update(some)
         if digest.hexdigest() != part.xxh3_128:
-            raise StoreCorrupt(f"{path} does not match its checksum in the manifest")
-        self.read_part(kind, part)
+            raise StoreCorrupt.of(path, "does not match its checksum in the manifest")
 
     def part_path(self, kind: str, part: Part) -> Path:
         return self._parts[kind].path / part.name

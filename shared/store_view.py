@@ -127,7 +127,7 @@ class StoreView:
         ids = column_array(rows, "sample_id")
         if len(ids) and (ids.min() < 0 or ids.max() >= self.num_samples):
             path = store.part_path(FRAGMENTS, part)
-            raise StoreCorrupt(f"{path} has sample ids {ids.min()}..{ids.max()}, outside 0..{self.num_samples - 1}")
+            raise StoreCorrupt.of(path, f"has sample ids {ids.min()}..{ids.max()}, outside 0..{self.num_samples - 1}")
         return rows
 
     def earlier(self) -> list[tuple[Manifest, Anchor]]:

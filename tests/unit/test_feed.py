@@ -159,7 +159,8 @@ def test_last_view_stands_while_the_store_is_corrupt(
     with ScoreWriter(source, 4) as writer:
         writer.append(make_rows(np.arange(4)))
         writer.commit()
-        shutil.copytree(source, store)
+    shutil.copytree(source, store)
+    with ScoreWriter(source, 4) as writer:
         writer.append(make_rows(np.arange(4), model_version=2))
         writer.commit()
     new = [path for kind in ("fragments", "manifests") for path in (source / kind).iterdir()]

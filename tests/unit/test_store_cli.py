@@ -61,7 +61,7 @@ def test_one_bit_in_any_file_is_found(run: Run, index: int) -> None:
 
     assert found.exit_code == 1
     assert str(path) in found.stdout
-    assert found.stdout.endswith(f"{run.scores_uri}: 1 problems\n")
+    assert found.stdout.endswith(f"{run.scores_uri}: files that are damaged: 1\n")
     assert [problem["file"] for problem in json.loads(store("verify", run.path, "--json").stdout)] == [str(path)]
 
 
@@ -91,7 +91,7 @@ def test_a_kept_manifest_that_is_gone_is_named(run: Run) -> None:
     path = run.scores_uri / "manifests" / f"{anchor['generation']:012d}.json"
     path.unlink()
 
-    with pytest.raises(StoreCorrupt, match=f"{path}, kept for versions 0 to 2, is missing"):
+    with pytest.raises(StoreCorrupt, match=f"{path} is missing and was kept for versions 0 to 2"):
         verify(run.scores_uri)
 
 
