@@ -81,13 +81,14 @@ def choose_format(form: str | None, out: str | None) -> str:
 def export_scores(run: Run, limit: int | None = None) -> Export:
     """All samples in order of their ids, what is known of each and its latest scores. Raises as `export`."""
     opened = _scores(run)
+    table = opened.to_arrow()
     facts = {
         "run": run.description["run_id"],
         "store_version": opened.scores.version,
-        "scored": opened.scores.table().num_rows,
+        "scored": table.num_rows - table.column("model_version").null_count,
         "found": run.num_samples,
     }
-    return Export("scores", opened.to_arrow().slice(0, limit), facts)
+    return Export("scores", table.slice(0, limit), facts)
 
 
 def export_suspects(run: Run, limit: int | None = None) -> Export:

@@ -35,6 +35,7 @@ class Ranking:
         for version in self._removed(id_C) | self._inserted(id_C, value_C, model_version_C):
             id_G, value_G = self._sorted[version]
             percentile_N[id_G] = _percentiles(value_G)
+        percentile_N.flags.writeable = False  # it is what the next update starts from
         self._percentile_N = percentile_N
         return percentile_N
 

@@ -2,16 +2,18 @@
 
 Format 2, in full (`<store>` is a run's `scores/`):
 
-    store.json                    {"format": 2, "num_samples": N, "scoring_id": "..."}; written once, before all else
+    store.json                    {"format": 2, "num_samples": N, "scoring_id": "...", "xxh3_128": "..."}, written once,
+                                  before all else; the checksum is that of the text "2 N ...", the values before it
     manifests/<generation>.json   what the store holds, 12 digits; the highest generation counts
     fragments/<name>              Arrow IPC file, SCORE_SCHEMA: the rows of one commit, in any order
     snapshots/<name>              Arrow IPC file, SNAPSHOT_SCHEMA: the latest row of each scored sample, by sample_id
 
 Columns are in the schema's order and have no nulls; sample ids lie in 0..N-1; any number of record batches. Names that
-begin with a dot, and fragments and snapshots that no manifest names, are being written or were left by a crash: readers
-pass over them.
+begin with a dot, and fragments and snapshots that no manifest names (whole, torn or empty), are made ready, are being
+written or were left by a crash: readers pass over them.
 
-**A manifest** has two lines: a JSON object, and the checksum (XXH3, 128 bits, in hex) of its bytes. The object:
+**A manifest** has two lines: a JSON object, and the checksum (XXH3, 128 bits, in hex) of its bytes. The object has
+these keys and no others; new ones come with a new format:
 
     format, generation            this format; as in the file's name
     version, rows                 number of commits of rows so far, 0 before the first; and of their rows
@@ -38,15 +40,17 @@ again. A named file that is missing was collected, then a higher generation is t
 store is damaged or half copied. Where fragments or snapshots are, a manifest has been. Lengths and Arrow's footers tell
 torn files; what else can be wrong, the checksums tell.
 
-**What a writer must leave**: only the writer of the newest generation removes files, and looks that it still is that
-after it has listed them. It leaves what the newest manifest and the kept ones name, the last 8 superseded manifests,
-and whatever became unneeded within a grace period, for readers that are about to open it.
+**What a writer must leave**: only the writer of the newest generation removes files, and but for manifests superseded
+long ago it looks that it still is that after it has listed them. It leaves what the newest manifest and the kept ones
+name, the last 8 superseded manifests, and whatever became unneeded within a grace period, for readers that are about to
+open it.
 
 A store of another format is refused with a message that says which, and nothing in it is touched. There is no append to
 a file, no rename and no lock: a store on an object store needs nothing else.
 """
 
 import contextlib
+import copy
 import dataclasses
 import datetime
 import logging
@@ -83,6 +87,8 @@ Answer = TypeVar("Answer")
 @dataclasses.dataclass(frozen=True)
 class Retention:
     """Which store versions stay readable by `ScoreReader.table(version)`; the newest always does.
+
+    The price is room: each compaction whose versions are kept leaves its snapshot and fragments on the disk.
 
     Args:
         keep_last: so many before the newest.
@@ -124,7 +130,7 @@ class ScoreWriter:
         num_samples: N; sample ids are 0..N-1.
         scoring_id: what makes rows comparable; a store has one.
         retention: which versions stay readable.
-        grace_s: how long files stay that nothing names any more, for readers that are about to open them.
+        grace_s: how long files stay that nothing names any more, for readers and successors that are about to open.
 
     Raises: StoreMismatch for a store of another size, scoring_id or format; ConfigError for a remote URI.
     """
@@ -141,8 +147,8 @@ class ScoreWriter:
         if num_samples < 1:
             raise StoreMismatch(f"num_samples is {num_samples}; a score store needs at least 1")
         self._store = StoreFiles(uri)
-        self._store.create(num_samples, scoring_id)
-        self.num_samples = num_samples
+        self.num_samples = int(num_samples)
+        self._store.create(self.num_samples, scoring_id)
         self._retention, self._grace_s = retention, grace_s
         self._token, self._process = secrets.token_hex(8), os.getpid()
         self._pending: list[pa.Table] = []
@@ -152,8 +158,9 @@ class ScoreWriter:
         self._compactor: threading.Thread | None = None
         self._state = "open"
         self._doubt: _Doubt | None = None
+        self._reader = ScoreReader(uri)  # what cannot be read is not taken over
         self._manifest = self._take_over()
-        self._reader = ScoreReader(uri)
+        self._reader.refresh()
         self._latest_version_N = self._reader.dense("model_version")
 
     @property
@@ -168,7 +175,7 @@ class ScoreWriter:
     @property
     def metadata(self) -> Mapping[str, Any]:
         """What the last commit with `metadata` said."""
-        return self._manifest.metadata
+        return copy.deepcopy(self._manifest.metadata)
 
     @property
     def rows(self) -> int:
@@ -177,6 +184,7 @@ class ScoreWriter:
 
     def append(self, table: pa.Table | pa.RecordBatch) -> None:
         """Add score rows, any ids in any order, to the next commit. Raises StoreMismatch for rows that do not fit."""
+        self._check_process()
         rows = _conform(table, self.num_samples)
         with self._pending_lock:
             self._check_open(appending=True)
@@ -191,7 +199,9 @@ class ScoreWriter:
 
         Raises Fenced when another writer took over. After an OSError the rows are still pending: commit again.
         """
-        notes = None if metadata is None else orjson.loads(orjson.dumps(metadata, option=orjson.OPT_SERIALIZE_NUMPY))
+        notes = (
+            None if metadata is None else orjson.loads(orjson.dumps(dict(metadata), option=orjson.OPT_SERIALIZE_NUMPY))
+        )
         with self._turn():
             with self._pending_lock:
                 pending, self._pending = self._pending, []
@@ -210,17 +220,19 @@ class ScoreWriter:
 
     def compact(self) -> None:
         """Fold snapshot and fragments into one snapshot and remove what nothing needs. No new version."""
+        self._check_process()
         with self._compaction_lock:
             with self._turn():
                 manifest = self._manifest
             snapshot = self._fold(manifest) if manifest.fragments else None
             with self._turn():
+                before = self._manifest.earlier
                 if snapshot is None:
                     self._retain()
                 else:
                     self._replace_by(snapshot)
-                kept = [self._store.read_kept(anchor, self._manifest) for anchor in self._manifest.earlier]
-                if not self._store.collect([m for m in kept if m is not None], self._manifest, self._grace_s):
+                let_go = not set(before) <= set(self._manifest.earlier)
+                if not self._store.collect(self._manifest, self._grace_s, is_just_unneeded=let_go):
                     self._fence()
 
     def close(self) -> None:
@@ -228,15 +240,20 @@ class ScoreWriter:
 
         After an error other than Fenced the writer is still open.
         """
+        self._check_process()
         with self._pending_lock:
+            if self._state == "fenced":
+                self._store.close()
             if self._state != "open":
                 return
             self._state = "closing"
         try:
             self.commit()
+        except Fenced:
+            self._store.close()
+            raise
         except BaseException:
-            if self._state == "closing":
-                self._state = "open"
+            self._state = "open"
             raise
         if self._compactor is not None:
             self._compactor.join()
@@ -249,9 +266,12 @@ class ScoreWriter:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _check_open(self, appending: bool = False) -> None:
+    def _check_process(self) -> None:
+        """Before any lock: after a fork nobody may be there who gives it back."""
         if os.getpid() != self._process:
             raise StoreError(f"this ScoreWriter belongs to process {self._process}; a forked one opens its own")
+
+    def _check_open(self, appending: bool = False) -> None:
         if self._state == "closed" or (appending and self._state == "closing"):
             raise StoreError("this ScoreWriter is closed; open a new one")
         if self._state == "fenced":
@@ -260,6 +280,7 @@ class ScoreWriter:
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
         """To write manifests. Who waits comes next: a writer that commits without pause lets its compaction pass."""
+        self._check_process()
         with self._turn_lock:
             self._commit_lock.acquire()
         try:
@@ -290,8 +311,12 @@ class ScoreWriter:
                 manifest = Manifest(1, 0, self._token, _now(), 0, None, (), (), {})
             else:
                 manifest = dataclasses.replace(last, generation=last.generation + 1, writer=self._token)
-            if self._store.write_manifest(manifest) and self._store.newest(manifest) is manifest:
-                return manifest
+            try:
+                if self._store.write_manifest(manifest) and self._store.newest(manifest) is manifest:
+                    return manifest
+            except FileNotFoundError:  # others went on, and removed what was the newest; or collected this one's draft
+                if self._store.newest(last) is last:
+                    raise
 
     def _commit(self, pending: Sequence[pa.Table], notes: Mapping[str, Any] | None) -> bool:
         """Whether there was a row that is not known yet."""
@@ -385,11 +410,16 @@ class ScoreWriter:
             rows / max(COMPACT_AFTER_ROWS, COMPACT_AFTER_SCORINGS * self.num_samples),
         )
 
-    def _compacting(self) -> threading.Thread:
-        """The compaction that goes on, or a new one."""
+    def _compacting(self) -> threading.Thread | None:
+        """The compaction that goes on, or a new one; None when no thread can be started."""
         if self._compactor is None or not self._compactor.is_alive():
-            self._compactor = threading.Thread(target=self._compact_quietly, name="compactor", daemon=True)
-            self._compactor.start()
+            compactor = threading.Thread(target=self._compact_quietly, name="compactor", daemon=True)
+            try:
+                compactor.start()
+            except RuntimeError as error:  # the commit is made
+                logger.warning("the score store could not be compacted now: %s", error)
+                return None
+            self._compactor = compactor
         return self._compactor
 
     def _compact_quietly(self) -> None:
@@ -463,7 +493,7 @@ class ScoreReader:
     @property
     def metadata(self) -> Mapping[str, Any]:
         """The writer's notes at this version, such as the measured length of a scoring pass."""
-        return self._view.manifest.metadata if self._view.manifest else {}
+        return copy.deepcopy(self._view.manifest.metadata) if self._view.manifest else {}
 
     @property
     def rows(self) -> int:
@@ -479,17 +509,16 @@ class ScoreReader:
     def refresh(self) -> int:
         """Move on to the newest version and return it; reads only what changed."""
         with self._refresh_lock:
-            for attempt in range(5):
+            while True:
                 manifest = self._store.newest(self._view.manifest)
                 try:
                     self._view = self._view.advance(self._store, manifest)
                 except FileNotFoundError as error:
                     # Compacted and collected between reading the manifest and opening its files: a newer one is there.
-                    if attempt == 4:
+                    if self._store.newest(manifest) is manifest:
                         raise StoreCorrupt.of(error.filename, "is named by a manifest and missing") from error
                 else:
-                    break
-            return self._view.version
+                    return self._view.version
 
     def table(self, version: int | None = None) -> pa.Table:
         """The latest row of each scored sample, sorted by sample_id, at `version` (default: this reader's).

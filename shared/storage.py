@@ -1,7 +1,7 @@
 """Durable files in one folder: the few operations that score store, checkpoint feed and catalogue are built on.
 
-The operations are those an object store also has (whole-object put, put if absent, list, delete), so that a second
-implementation needs nothing else. Today's only one is a folder on a local or network disk.
+At their core are those that an object store also has: `put`, `create` (put if absent), `fill` (put under a new name),
+`read`, `names` and `delete`. The others spare time where the folder is on a local or network disk, today's only kind.
 
 Durable means: there after a power cut. A file's content is, once it is synced; its name is, once its folder is synced
 after the name was made. Nothing is assumed of the order in which a disk keeps what was not synced.

@@ -37,6 +37,7 @@ def verify(uri: str | os.PathLike[str], progress: Callable[[int, int], None] | N
     num_samples = store.describe()["num_samples"]
     problems, done = [], 0
     parts = _parts(store)
+    total = sum(part.bytes for _, part in parts)
     for kind, part in parts:
         path = store.part_path(kind, part)
         try:
@@ -51,7 +52,7 @@ def verify(uri: str | os.PathLike[str], progress: Callable[[int, int], None] | N
             problems.append(Problem(str(path), str(StoreCorrupt.of(path, f"cannot be read: {error}"))))
         done += part.bytes
         if progress is not None:
-            progress(done, sum(part.bytes for _, part in parts))
+            progress(done, total)
     return problems
 
 

@@ -8,16 +8,16 @@ import dataclasses
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import orjson
 import pyarrow as pa
 import xxhash
 
+from shared.beside import Beside
 from shared.errors import StoreCorrupt, StoreError, StoreMismatch
 from shared.schema import SNAPSHOT_SCHEMA, arrow_file
 from shared.storage import Folder, is_mappable
@@ -28,7 +28,8 @@ READ_BYTES = 1 << 24
 WRITING_THREADS = 3  # a commit's fragment, what is prepared for the next, and a snapshot
 FRAGMENTS, SNAPSHOTS = "fragments", "snapshots"
 PART_SUFFIX = ".arrow"
-Answer = TypeVar("Answer")
+Name = tuple[str, str]  # folder and name
+Names = frozenset[Name]
 MANIFEST_NAME = re.compile(r"[0-9]{12}\.json")
 
 
@@ -118,15 +119,16 @@ class StoreFiles:
         self._manifests = Folder(self.path / "manifests")
         self._parts = {name: Folder(self.path / name) for name in (FRAGMENTS, SNAPSHOTS)}
         self._maps = is_mappable(self.path)
-        self._threads = ThreadPoolExecutor(WRITING_THREADS, thread_name_prefix="store")
-        self._unneeded: dict[tuple[str, str], float] = {}  # folder and name -> since when, by time.monotonic
+        self._beside = Beside(WRITING_THREADS)
+        self._names: dict[int, Names] = {}  # generation of a kept manifest -> what it names
+        self._unneeded: dict[Name, float] = {}  # since when, by time.monotonic
 
     def create(self, num_samples: int, scoring_id: str) -> None:
         """Make the store, or check that it is there with these; nothing is touched when it is not."""
         wanted = {"format": FORMAT, "num_samples": num_samples, "scoring_id": scoring_id}
-        if "store.json" in self._root.names() or self.generations():
+        if "store.json" in self._root.names() or self._is_begun():
             self._check(wanted)
-        if not self._root.make().create("store.json", orjson.dumps(wanted)):
+        if not self._root.make().create("store.json", orjson.dumps(wanted | {"xxh3_128": _description_sum(wanted)})):
             self._check(wanted)
         for folder in (self._manifests, *self._parts.values()):
             folder.make()  # syncs the root: whoever created store.json may not have come to that
@@ -144,16 +146,21 @@ class StoreFiles:
         try:
             description: dict[str, Any] = orjson.loads(self._root.read("store.json"))
             _check_format(description, str(path))
-            description["num_samples"], description["scoring_id"]
+            if description["xxh3_128"] != _description_sum(description):
+                raise StoreCorrupt.of(path, "does not match its checksum")
         except FileNotFoundError:
-            if self.generations():
+            if self._is_begun():
                 raise StoreCorrupt.of(path, "is missing") from None
             raise StoreError(f"no score store at {self.path} yet; a run makes it when its scoring begins") from None
-        except StoreMismatch:
+        except (StoreMismatch, StoreCorrupt):
             raise
         except (ValueError, KeyError, TypeError) as error:
             raise StoreCorrupt.of(path, f"does not describe a score store: {error}") from error
         return description
+
+    def _is_begun(self) -> bool:
+        """Whether there is anything that comes after store.json."""
+        return bool(self.generations()) or any(folder.names() for folder in self._parts.values())
 
     def generations(self) -> list[int]:
         """Of the manifests that are there, rising."""
@@ -162,27 +169,37 @@ class StoreFiles:
     def newest(self, known: Manifest | None = None) -> Manifest | None:
         """The newest manifest, `known` itself when it still is; None before the first.
 
-        Raises StoreCorrupt when manifests must have been there and are not: the store was half copied, or removed.
+        Raises StoreCorrupt when manifests must have been there and are not: the store was half copied or removed, or an
+        older copy was put in its place.
         """
+        gone = -1
         while True:
             if not (generations := self.generations()):
-                if known is None and not any(folder.names() for folder in self._parts.values()):
+                if known is None and not self._is_begun():
                     return None
                 if not self.generations():  # the first may have come before those parts
                     raise StoreCorrupt.of(self._manifests.path, "has no manifest")
                 continue
-            if known is not None and generations[-1] <= known.generation:
+            if known is not None and generations[-1] < known.generation:
+                raise StoreCorrupt.of(self._manifests.path, f"has lost its generations from {known.generation} on")
+            if known is not None and generations[-1] == known.generation:
                 return known
             if (manifest := self.read_manifest(generations[-1])) is not None:
                 return manifest
+            if generations[-1] == gone:
+                raise StoreCorrupt.of(self._manifests.path / _name(gone), "is listed and is not there")
+            gone = generations[-1]
 
     def read_manifest(self, generation: int) -> Manifest | None:
         """None when there is none, or none any more."""
-        name = _name(generation)
+        path = self._manifests.path / _name(generation)
         try:
-            return Manifest.parse(self._manifests.read(name), str(self._manifests.path / name))
+            manifest = Manifest.parse(self._manifests.read(path.name), str(path))
         except FileNotFoundError:
             return None
+        if manifest.generation != generation:
+            raise StoreCorrupt.of(path, f"is the manifest of generation {manifest.generation}")
+        return manifest
 
     def read_kept(self, anchor: Anchor, newest: Manifest) -> Manifest | None:
         """An earlier manifest; None when the newest, `newest` or a later one, does not keep it any more.
@@ -201,6 +218,8 @@ class StoreFiles:
     def write_manifest(self, manifest: Manifest, part: "NewPart | None" = None) -> bool:
         """Write it durably unless its generation is taken; whether that was free.
 
+        Raises FileNotFoundError when the one before it is not there.
+
         Args:
             part: what it names and may not be durable yet; it is before the manifest appears.
         """
@@ -209,6 +228,8 @@ class StoreFiles:
         try:
             if part is not None:
                 part.wait()
+            if manifest.generation > 1:  # else somebody took it away: then what this one names may be gone too
+                (self._manifests.path / _name(manifest.generation - 1)).stat()
         except BaseException:
             draft.unlink(missing_ok=True)
             raise
@@ -218,26 +239,19 @@ class StoreFiles:
         """Beside what comes next: have names ready, and remove the manifest that was superseded long enough ago."""
         superseded = newest.generation - SUPERSEDED_MANIFESTS_KEPT - 1
 
-        def prepare() -> None:  # what fails here is made, or collected, later
-            self._parts[FRAGMENTS].prepare(PART_SUFFIX)
-            if all(anchor.generation != superseded for anchor in newest.earlier):
-                self._manifests.delete(_name(superseded))
+        def prepare() -> None:
+            with contextlib.suppress(OSError):  # it is made, or collected, later
+                self._parts[FRAGMENTS].prepare(PART_SUFFIX)
+                if all(anchor.generation != superseded for anchor in newest.earlier):
+                    self._manifests.delete(_name(superseded))
 
         self._beside(prepare)
 
     def close(self) -> None:
         """Remove what was prepared."""
-        self._threads.shutdown()
+        self._beside.close()
         with contextlib.suppress(OSError):
             self._parts[FRAGMENTS].tidy()
-
-    def _beside(self, act: Callable[[], Answer]) -> Callable[[], Answer]:
-        """Do `act` in another thread; the answer waits for it."""
-        try:
-            return self._threads.submit(act).result
-        except RuntimeError:  # Python ends and starts no more threads
-            answer = act()
-            return lambda: answer
 
     def sync_manifests(self) -> None:
         self._manifests.sync()
@@ -254,9 +268,11 @@ class StoreFiles:
         try:
             with pa.memory_map(str(path)) if self._maps else pa.OSFile(str(path)) as file:
                 table = pa.ipc.open_file(file).read_all()
-        except FileNotFoundError:
-            raise
         except (pa.ArrowException, OSError, ValueError) as error:
+            if (
+                isinstance(error, OSError) and error.errno is not None
+            ):  # the system's, not Arrow's of what is in the file
+                raise
             raise StoreCorrupt.of(path, f"is not an Arrow file: {error}") from error
         if kind == FRAGMENTS:
             table = table.append_column("store_version", pa.array(np.full(table.num_rows, part.version)))
@@ -279,33 +295,43 @@ class StoreFiles:
     def part_path(self, kind: str, part: Part) -> Path:
         return self._parts[kind].path / part.name
 
-    def collect(self, needed: Sequence[Manifest], newest: Manifest, grace_s: float) -> bool:
-        """Remove manifests that do not count any more, and files that no needed manifest has named for `grace_s`.
+    def collect(self, newest: Manifest, grace_s: float, *, is_just_unneeded: bool) -> bool:
+        """Remove manifests that do not count any more, and files that no kept manifest has named for `grace_s`.
 
         The grace is for readers that are about to open what an older manifest named. Only the store's writer may
         collect, and not while it writes: what it has begun to write is not named yet.
 
+        Args:
+            is_just_unneeded: whether manifests were let go just now, so that what they named is needed until now.
+
         Returns: False, with nothing removed, when `newest` is not the newest any more. A successor's files that are
         listed here came after its manifest, and so before that is looked for.
         """
-        kept = {manifest.generation for manifest in needed}
+        self._names = {anchor.generation: self._named_by(anchor, newest) for anchor in newest.earlier}
         stay_from = newest.generation - SUPERSEDED_MANIFESTS_KEPT
         superseded = [generation for generation in self.generations() if generation < stay_from]
-        named = {(kind, part.name) for manifest in (*needed, newest) for kind, part in manifest.parts()}
+        named = names_of(newest).union(*self._names.values())
         there = {(kind, name) for kind, folder in self._parts.items() for name in folder.names()} - named
         for kind, folder in (("", self._root), ("manifests", self._manifests), *self._parts.items()):
             there |= {(kind, name) for name in folder.temporary_names()}
         if self.newest(newest) is not newest:
             return False
         for generation in superseded:
-            if generation not in kept:
+            if generation not in self._names:
                 self._manifests.delete(_name(generation))
         now = time.monotonic()
-        self._unneeded = {key: self._unneeded.get(key, now - self._age(*key, newest)) for key in there}
+        age = {key: 0.0 if is_just_unneeded else self._age(*key, newest) for key in there - self._unneeded.keys()}
+        self._unneeded = {key: self._unneeded[key] if key in self._unneeded else now - age[key] for key in there}
         for (kind, name), since in self._unneeded.items():
             if now - since >= grace_s:
                 Folder(self.path / kind).delete(name)
         return True
+
+    def _named_by(self, anchor: Anchor, newest: Manifest) -> Names:
+        known = self._names.get(anchor.generation)
+        if known is None:  # None again: a successor has let it go
+            known = names_of(manifest) if (manifest := self.read_kept(anchor, newest)) else frozenset()
+        return known
 
     def _age(self, kind: str, name: str, newest: Manifest) -> float:
         """Seconds for which a file that is found unneeded for the first time has been so, at least."""
@@ -318,12 +344,15 @@ class StoreFiles:
             return 0.0
 
 
+def names_of(manifest: Manifest) -> Names:
+    """Folder and name of its parts."""
+    return frozenset((kind, part.name) for kind, part in manifest.parts())
+
+
 class NewPart:
     """A part in the making, which no manifest names yet. Another thread writes it."""
 
-    def __init__(
-        self, folder: Folder, rows: pa.Table, version: int, beside: Callable[[Callable[[], None]], Callable[[], None]]
-    ) -> None:
+    def __init__(self, folder: Folder, rows: pa.Table, version: int, beside: Beside) -> None:
         self._folder, self._rows, self._version = folder, rows.num_rows, version
         self._name = folder.new_name(PART_SUFFIX)
         self._data = data = arrow_file(rows)
@@ -349,6 +378,10 @@ def _name(generation: int) -> str:
 
 def _checksum(data: "bytes | pa.Buffer") -> str:
     return xxhash.xxh3_128_hexdigest(data)
+
+
+def _description_sum(description: Mapping[str, Any]) -> str:
+    return _checksum("{format} {num_samples} {scoring_id}".format_map(description).encode())
 
 
 def _check_format(description: Mapping[str, Any], name: str) -> None:

@@ -1,14 +1,15 @@
 """One version of the score store in memory, and how rows fold into it."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from shared.beside import Beside
 from shared.errors import StoreCorrupt, StoreError
 from shared.schema import SNAPSHOT_SCHEMA
 from shared.store_files import FRAGMENTS, SNAPSHOTS, Anchor, Manifest, Part, StoreFiles
@@ -107,9 +108,9 @@ class StoreView:
             or manifest.snapshot != self.manifest.snapshot
             or manifest.fragments[: len(read)] != read
         ):
-            base = store.read_part(SNAPSHOTS, manifest.snapshot) if manifest.snapshot else NOTHING
+            base = self._part(store, SNAPSHOTS, manifest.snapshot) if manifest.snapshot else NOTHING
             overlay, read = Overlay.empty(), ()
-        if newer := [self._fragment(store, part) for part in manifest.fragments[len(read) :]]:
+        if newer := [self._part(store, FRAGMENTS, part) for part in manifest.fragments[len(read) :]]:
             overlay = overlay.extended(newer, base)
         return StoreView(self.num_samples, manifest, base, overlay)
 
@@ -122,11 +123,13 @@ class StoreView:
         """Folder and part of all that this view has read."""
         return list(self.manifest.parts()) if self.manifest else []
 
-    def _fragment(self, store: StoreFiles, part: Part) -> pa.Table:
-        rows = store.read_part(FRAGMENTS, part)
+    def _part(self, store: StoreFiles, kind: str, part: Part) -> pa.Table:
+        rows = store.read_part(kind, part)
         ids = column_array(rows, "sample_id")
+        if kind == SNAPSHOTS:  # sorted
+            ids = ids[[0, -1]] if len(ids) else ids
         if len(ids) and (ids.min() < 0 or ids.max() >= self.num_samples):
-            path = store.part_path(FRAGMENTS, part)
+            path = store.part_path(kind, part)
             raise StoreCorrupt.of(path, f"has sample ids {ids.min()}..{ids.max()}, outside 0..{self.num_samples - 1}")
         return rows
 
@@ -170,8 +173,10 @@ class StoreView:
             values[at_R] = self.overlay.column(field.name)
             return pa.array(values, type=field.type)
 
-        with ThreadPoolExecutor(FOLDING_THREADS) as threads:
-            return pa.table(list(threads.map(folded, SNAPSHOT_SCHEMA)), schema=SNAPSHOT_SCHEMA)
+        beside = Beside(FOLDING_THREADS)
+        columns = [beside(functools.partial(folded, field)) for field in SNAPSHOT_SCHEMA]
+        beside.close()
+        return pa.table([column() for column in columns], schema=SNAPSHOT_SCHEMA)
 
     def rows_of(self, ids: Ids) -> pa.Table:
         """The latest rows of `ids` in that order; all but sample_id null where unscored."""

@@ -99,6 +99,7 @@ class Tracker:
         rows = {name: column_array(changed, name) for name in self._rule.columns}
         value_N = known.value_N.copy()
         value_N[id_C] = self._rule.show(rows)
+        value_N.flags.writeable = False  # it is what the next update starts from
         percentile_N = known.ranking.update(id_C, self._rule.rank(rows), column_array(changed, "model_version"))
         self._ranked = _Ranked(version, value_N, known.ranking)
         return value_N, percentile_N

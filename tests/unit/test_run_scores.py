@@ -8,7 +8,7 @@ import polars
 import pyarrow.dataset
 import pytest
 
-from shared import open_run
+from shared import open_run, store_check
 from shared.catalogue import Run
 from shared.errors import ConfigError, DataError, RunError, StoreError
 from shared.samples import Images
@@ -95,7 +95,7 @@ def test_what_is_no_run_and_what_has_no_scores_is_named(run: Run, tmp_path: Path
 def test_polars_and_duckdb_read_a_snapshot_as_it_lies(run: Run) -> None:
     with ScoreWriter(run.scores_uri, 4, scoring_id="s") as writer:
         writer.compact()
-    (snapshot,) = sorted((run.scores_uri / "snapshots").glob("*.arrow"))[-1:]
+    snapshot = store_check.stats(run.scores_uri)["snapshot_file"]
 
     by_polars = (
         polars.scan_ipc(snapshot).filter(polars.col("margin") > 1).select("sample_id", "model_version").collect()

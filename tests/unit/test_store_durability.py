@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import pyarrow as pa
 import pytest
 
 from shared import score_store, store_check, store_files
 from shared.errors import ConfigError, Fenced, StoreCorrupt, StoreError
 from shared.score_store import Retention, ScoreReader, ScoreWriter
+from shared.storage import Folder
 from shared.store_files import StoreFiles
 from tests.disk import Call, Disk
 from tests.rows import make_rows
@@ -168,7 +170,8 @@ def test_an_earlier_version_of_which_a_file_is_missing(tmp_path: Path) -> None:
     assert reader.history(0)["model_version"].to_pylist() == [1, 2, 3]
     manifest = next(path for path in (tmp_path / "manifests").iterdir() if first.name in path.read_text())
     manifest.unlink()
-    for call in (lambda: reader.table(1), lambda: reader.history(0), writer.compact):
+    writer.compact()  # knows what it named
+    for call in (lambda: reader.table(1), lambda: reader.history(0), ScoreWriter(tmp_path, N).compact):
         with pytest.raises(StoreCorrupt, match=manifest.name):
             call()
 
@@ -379,11 +382,14 @@ def test_writer_that_slept_through_ten_commits_wakes_with_a_manifest_that_may_be
     """Its own manifest is in place, and yet a successor's is the newest."""
     first = ScoreWriter(tmp_path, N)
     first.append(make_rows([0], 9))
-    link, second = os.link, ScoreWriter(tmp_path, N)
-    for version in range(1, store_files.SUPERSEDED_MANIFESTS_KEPT + 4):
-        commit(second, [1], version)
+    link = os.link
 
     def link_and_fail(*paths: Any) -> None:
+        monkeypatch.setattr(os, "link", link)
+        second = ScoreWriter(tmp_path, N)
+        for version in range(1, store_files.SUPERSEDED_MANIFESTS_KEPT + 4):
+            commit(second, [1], version)
+        wait_for(lambda: "000000000002.json" not in names(tmp_path, "manifests"), what="the place to be free")
         link(*paths)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
@@ -419,16 +425,60 @@ def test_a_writer_that_is_fenced_between_its_snapshot_and_its_collection_removes
     commit(first, [0], 1)
     collect = StoreFiles.collect
 
-    def sleep_first(*args: Any) -> bool:
+    def sleep_first(*args: Any, **kwargs: Any) -> bool:
         monkeypatch.setattr(StoreFiles, "collect", collect)
         commit(ScoreWriter(tmp_path, N), [1], 2)
-        return collect(*args)
+        return collect(*args, **kwargs)
 
     monkeypatch.setattr(StoreFiles, "collect", sleep_first)
     with pytest.raises(Fenced):
         first.compact()
     assert store_check.verify(tmp_path) == []
     assert read(tmp_path).keys() == {0, 1}
+
+
+def test_what_a_successor_commits_while_the_old_writer_lists_files_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = ScoreWriter(tmp_path, N, retention=Retention(0), grace_s=0.0)
+    commit(first, [0], 1)
+    first.compact()
+    listed = Folder.names
+
+    def take_over_first(folder: Folder) -> list[str]:
+        if folder.path.name == "fragments":
+            monkeypatch.setattr(Folder, "names", listed)
+            commit(ScoreWriter(tmp_path, N), [1], 2)
+        return listed(folder)
+
+    monkeypatch.setattr(Folder, "names", take_over_first)
+    with pytest.raises(Fenced):
+        first.compact()
+    assert store_check.verify(tmp_path) == []
+    assert read(tmp_path).keys() == {0, 1}
+
+
+def test_a_successor_that_cannot_read_the_store_leaves_its_writer_alone(tmp_path: Path) -> None:
+    writer = ScoreWriter(tmp_path, N)
+    commit(writer, [0])
+    keep_half(named(tmp_path, "fragments")[0])
+    generations = names(tmp_path, "manifests")
+    with pytest.raises(StoreCorrupt):
+        ScoreWriter(tmp_path, N)
+
+    assert names(tmp_path, "manifests") == generations
+    assert commit(writer, [1]) == 2
+
+
+def test_close_of_a_fenced_writer_leaves_nothing_behind(tmp_path: Path) -> None:
+    old = ScoreWriter(tmp_path, N)
+    commit(old, [0])
+    with ScoreWriter(tmp_path, N):
+        old.append(make_rows([1]))
+        with pytest.raises(Fenced):
+            old.close()
+        old.close()
+    assert len(os.listdir(tmp_path / "fragments")) == 1
 
 
 def test_close_that_fails_leaves_the_writer_open(tmp_path: Path) -> None:
@@ -444,15 +494,17 @@ def test_close_that_fails_leaves_the_writer_open(tmp_path: Path) -> None:
 
 
 def test_writer_of_another_process_is_refused(tmp_path: Path) -> None:
-    """After a fork its threads are not there, and both would be the one writer."""
+    """After a fork its threads are not there, also those that hold its locks, and both would be the one writer."""
     writer = ScoreWriter(tmp_path, N)
     writer.append(make_rows([0]))
-    child = os.fork()
-    if child == 0:
-        with contextlib.suppress(StoreError):
-            writer.commit()
-            os._exit(1)
-        os._exit(7)
+    with writer._turn(), writer._pending_lock, writer._compaction_lock:
+        child = os.fork()
+        if child == 0:
+            for act in (writer.commit, writer.compact, writer.close, lambda: writer.append(make_rows([1]))):
+                with contextlib.suppress(StoreError):
+                    act()
+                    os._exit(1)
+            os._exit(7)
 
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert writer.commit() == 1
@@ -466,14 +518,127 @@ from tests.rows import make_rows
 writer = ScoreWriter(sys.argv[1], 10)
 writer.append(make_rows([3]))
 atexit.register(writer.close)
+atexit.register(writer.compact)
+atexit.register(writer.commit)
 """
 
 
-def test_a_commit_while_python_ends(tmp_path: Path) -> None:
+def test_a_commit_and_a_compaction_while_python_ends(tmp_path: Path) -> None:
     """When no thread can be started any more."""
-    subprocess.run([sys.executable, "-c", LATE_WRITER, tmp_path], check=True, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", LATE_WRITER, tmp_path], check=True, timeout=60, capture_output=True, text=True
+    )
 
+    assert done.stderr == ""
     assert read(tmp_path).keys() == {3}
+    assert names(tmp_path, "snapshots")
+
+
+def test_commits_go_on_where_no_thread_can_be_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor is a compaction then; each is written once."""
+    monkeypatch.setattr(score_store, "COMPACT_AFTER_ROWS", 1)
+    monkeypatch.setattr(score_store, "COMPACT_AFTER_SCORINGS", 0)
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    filled, fill = [], Folder.fill
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    monkeypatch.setattr(Folder, "fill", lambda folder, name, data: (filled.append(name), fill(folder, name, data)))
+    writer = ScoreWriter(tmp_path, N)
+    with no_space(monkeypatch, "fsync", "fragments"), pytest.raises(OSError, match="No space"):
+        commit(writer, [0])
+    assert [commit(writer, [0], version) for version in (1, 2, 3)] == [1, 2, 3]
+    monkeypatch.undo()
+    writer.close()
+
+    assert len(filled) == len(set(filled))
+    assert read(tmp_path) == {0: (3, -1.0)}
+
+
+def test_a_commit_whose_preparations_fail_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = ScoreWriter(tmp_path, N)
+    monkeypatch.setattr(Folder, "prepare", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space")))
+
+    assert [commit(writer, [0], version) for version in (1, 1, 2)] == [1, 1, 2]
+
+
+# Impossible stores
+
+
+def test_a_newest_manifest_that_leads_nowhere(tmp_path: Path) -> None:
+    with ScoreWriter(tmp_path, N) as writer:
+        commit(writer, [0])
+    newest = named(tmp_path, "manifests")[-1]
+    newest.unlink()
+    newest.symlink_to("nowhere")
+
+    for opening in (lambda: ScoreReader(tmp_path), lambda: ScoreWriter(tmp_path, N)):
+        with pytest.raises(StoreCorrupt, match=f"{newest} is listed and is not there"):
+            opening()
+
+
+def test_a_manifest_under_the_name_of_another(tmp_path: Path) -> None:
+    with ScoreWriter(tmp_path, N) as writer:
+        commit(writer, [0])
+    newest = named(tmp_path, "manifests")[-1]
+    shutil.copy(newest, newest.with_name("000000000009.json"))
+
+    for opening in (lambda: ScoreReader(tmp_path), lambda: ScoreWriter(tmp_path, N)):
+        with pytest.raises(StoreCorrupt, match=r"000000000009\.json is the manifest of generation 2"):
+            opening()
+
+
+def test_an_older_copy_put_in_place_under_reader_and_writer(tmp_path: Path) -> None:
+    store, older = tmp_path / "store", tmp_path / "older"
+    writer = ScoreWriter(store, N)
+    commit(writer, [0])
+    shutil.copytree(store, older)
+    commit(writer, [1])
+    reader = ScoreReader(store)
+    shutil.rmtree(store)
+    older.rename(store)
+
+    writer.append(make_rows([2]))
+    for act in (reader.refresh, writer.commit):
+        with pytest.raises(StoreCorrupt, match="has lost its generations from 3 on"):
+            act()
+    assert read(store).keys() == {0}
+
+
+def test_fragments_alone_are_no_new_store(tmp_path: Path) -> None:
+    with ScoreWriter(tmp_path / "whole", N) as writer:
+        commit(writer, [0])
+    shutil.copytree(tmp_path / "whole" / "fragments", tmp_path / "half" / "fragments")
+
+    for opening in (lambda: ScoreReader(tmp_path / "half"), lambda: ScoreWriter(tmp_path / "half", 99)):
+        with pytest.raises(StoreCorrupt, match=r"store\.json is missing"):
+            opening()
+    assert os.listdir(tmp_path / "half") == ["fragments"]
+
+
+def test_an_altered_number_of_samples(tmp_path: Path) -> None:
+    with ScoreWriter(tmp_path, N) as writer:
+        commit(writer, [0])
+    description = tmp_path / "store.json"
+    description.write_bytes(description.read_bytes().replace(b'"num_samples":10', b'"num_samples":90'))
+
+    for opening in (lambda: ScoreReader(tmp_path), lambda: ScoreWriter(tmp_path, 90)):
+        with pytest.raises(StoreCorrupt, match=r"store\.json does not match its checksum"):
+            opening()
+
+
+def test_what_the_system_refuses_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ScoreWriter(tmp_path, N) as writer:
+        commit(writer, [0])
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(pa, "memory_map", refuse)
+    monkeypatch.setattr(pa, "OSFile", refuse)
+    with pytest.raises(OSError, match="Too many open files"):
+        ScoreReader(tmp_path)
 
 
 # Collection
