@@ -393,10 +393,9 @@ def test_writer_that_slept_through_ten_commits_wakes_with_a_manifest_that_may_be
         link(*paths)
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "link", link_and_fail)
-        with pytest.raises(OSError, match="Input/output"):
-            first.commit()
+    monkeypatch.setattr(os, "link", link_and_fail)
+    with pytest.raises(OSError, match="Input/output"):
+        first.commit()
     with pytest.raises(Fenced):
         first.commit()
     assert read(tmp_path).keys() == {1}
