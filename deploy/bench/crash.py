@@ -9,6 +9,7 @@ import multiprocessing
 import random
 import sys
 import tempfile
+import threading
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -43,33 +44,87 @@ def crash(uri: Path, kills: int, num_samples: int = NUM_SAMPLES, seed: int = 0) 
     ScoreWriter(uri, num_samples).close()
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload([__name__])
-    chance, live = random.Random(seed), ScoreReader(uri)
-    version_N, applied, opening = np.full(num_samples, -1), 0, []
-    for kill in range(kills):
-        receive, send = processes.Pipe(duplex=False)
-        writer = processes.Process(target=_write_without_end, args=(str(uri), num_samples, send))
-        writer.start()
-        send.close()
-        reported = _kill(writer, receive, chance)
-        began = time.monotonic()
-        reopened = ScoreReader(uri)
-        opening.append(time.monotonic() - began)
-        for version in range(applied + 1, reopened.version + 1):
-            version_N[_ids_of(version, num_samples)] = version
-        applied = reopened.version
-        _check(reopened, reported, version_N)
-        live.refresh()
-        _check(live, reported, version_N)
-        if (kill + 1) % TOLD_EVERY == 0:
-            sys.stderr.write(f"{kill + 1} kills, store version {applied}\n")
+    chance, expected = random.Random(seed), Expected(num_samples)
+    reader_s, writer_s = [], []
+    with _LiveReader(uri) as live:
+        for kill in range(kills):
+            receive, send = processes.Pipe(duplex=False)
+            writer = processes.Process(target=_write_without_end, args=(str(uri), num_samples, send))
+            writer.start()
+            send.close()
+            writer_s.append(float(receive.recv()))
+            reported = _kill(writer, receive, chance)
+            began = time.monotonic()
+            reopened = ScoreReader(uri)
+            reader_s.append(time.monotonic() - began)
+            if reopened.version - reported not in (0, 1):  # one may have become durable and not been reported any more
+                raise StoreCorrupt(f"{uri}: version {reported} was reported, a reader finds {reopened.version}")
+            expected.check(reopened)
+            live.check()
+            if (kill + 1) % TOLD_EVERY == 0:
+                sys.stderr.write(f"{kill + 1} kills, store version {reopened.version}\n")
     return {
-        "what": "kills of a writer; seconds to open the store afterwards",
+        "what": "kills of a writer; seconds until a reader and the next writer have opened the store",
         "kills": kills,
-        "commits": applied,
-        "rows": live.rows,
-        "p50": round(float(np.median(opening)), 4),
-        "max": round(max(opening), 4),
+        "commits": reopened.version,
+        "rows": reopened.rows,
+        "live_reader_refreshes": live.refreshes,
+        "reader_s_p50": round(float(np.median(reader_s)), 4),
+        "reader_s_max": round(max(reader_s), 4),
+        "writer_s_p50": round(float(np.median(writer_s)), 4),
+        "writer_s_max": round(max(writer_s), 4),
     }
+
+
+class Expected:
+    """What the store must hold at each version; versions are asked for in rising order."""
+
+    def __init__(self, num_samples: int) -> None:
+        self._version_N, self._version = np.full(num_samples, -1), 0
+
+    def check(self, reader: ScoreReader) -> None:
+        """Raises StoreCorrupt when it does not hold just that."""
+        if reader.version < self._version:
+            raise StoreCorrupt(f"{reader.uri}: version {reader.version} came after {self._version}")
+        while self._version < reader.version:
+            self._version += 1
+            self._version_N[_ids_of(self._version, len(self._version_N))] = self._version
+        margin_N, scored_N = reader.dense("margin"), self._version_N >= 0
+        wrong = (margin_N != self._version_N)[scored_N].any()
+        if wrong or not np.array_equal(reader.dense("model_version"), self._version_N):
+            raise StoreCorrupt(f"{reader.uri}: version {reader.version} does not hold what was committed")
+
+
+class _LiveReader:
+    """Refreshes and checks without pause, in a thread, whatever happens to the writers."""
+
+    def __init__(self, uri: Path) -> None:
+        self._reader, self.refreshes = ScoreReader(uri), 0
+        self._failure: Exception | None = None
+        self._ends = threading.Event()
+        self._thread = threading.Thread(target=self._read, daemon=True)
+
+    def __enter__(self) -> "_LiveReader":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._ends.set()
+        self._thread.join()
+
+    def check(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _read(self) -> None:
+        expected = Expected(self._reader.num_samples)
+        try:
+            while not self._ends.is_set():
+                self._reader.refresh()
+                expected.check(self._reader)
+                self.refreshes += 1
+        except Exception as error:  # whatever it is, a reader must not meet it
+            self._failure = error
 
 
 def _ids_of(version: int, num_samples: int) -> npt.NDArray[np.int64]:
@@ -88,8 +143,10 @@ def make_rows(ids: npt.NDArray[np.int64], version: int) -> pa.Table:
 
 
 def _write_without_end(uri: str, num_samples: int, reports: Connection) -> None:
-    """Commit for ever, going on from the store; report each commit once it returned."""
+    """Commit for ever, going on from the store; report how long it took to open, and each commit once it returned."""
+    began = time.monotonic()
     writer = ScoreWriter(uri, num_samples, retention=Retention(0), grace_s=GRACE_S)
+    reports.send(time.monotonic() - began)
     while True:
         version = writer.version + 1
         writer.append(make_rows(_ids_of(version, num_samples), version))
@@ -108,12 +165,3 @@ def _kill(writer: multiprocessing.process.BaseProcess, reports: Connection, chan
             reported = int(reports.recv())
     reports.close()
     return reported
-
-
-def _check(reader: ScoreReader, reported: int, version_N: npt.NDArray[np.int64]) -> None:
-    if reader.version - reported not in (0, 1):  # one may have become durable and not been reported any more
-        raise StoreCorrupt(f"{reader.uri}: version {reported} was reported, a reader finds {reader.version}")
-    margin_N = reader.dense("margin")
-    scored_N = version_N >= 0
-    if not np.array_equal(reader.dense("model_version"), version_N) or (margin_N != version_N)[scored_N].any():
-        raise StoreCorrupt(f"{reader.uri}: version {reader.version} does not hold what was committed")
