@@ -16,8 +16,8 @@ from deploy.bench.load import load
 from shared import store_check
 from shared.errors import Fenced
 from shared.score_store import Retention, ScoreReader, ScoreWriter
+from tests.store_model import AgainstADict, settings_of
 from tests.store_story import KINDS, fail_in_turn
-from tests.unit.test_store_model import AgainstADict, settings_of
 
 pytestmark = pytest.mark.slow
 KILLS = 100
@@ -97,6 +97,6 @@ def _commit_until_fenced(uri: str, reports: Connection) -> None:
 
 
 class TestAgainstADictDeeply(AgainstADict.TestCase):  # type: ignore[misc]
-    """Longer stories, and more of them, than the unit tests tell."""
+    """Longer stories, and more of them, than the default suite tells."""
 
     settings = settings_of(100, 40)

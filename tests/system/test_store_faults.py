@@ -12,6 +12,7 @@ import pytest
 from shared.score_store import ScoreWriter
 from tests.disk import Call, Disk
 from tests.rows import make_rows
+from tests.store_model import AgainstADict, settings_of
 from tests.store_story import KINDS, Latest, N, Story, fail_in_turn, read
 
 SHARE_OF_CALLS = 0.25  # at which a power cut that leaves something is tried
@@ -82,3 +83,7 @@ def test_a_disk_that_takes_nothing_more_keeps_what_it_has(tmp_path: Path, code: 
 
     assert writer.commit() == 2
     assert read(uri) == (2, {0: (1, 1.0), 1: (2, 2.0)})
+
+
+class TestAgainstADict(AgainstADict.TestCase):  # type: ignore[misc]
+    settings = settings_of(15, 15)

@@ -224,7 +224,3 @@ def settings_of(examples: int, steps: int) -> settings:
         database=None,
         suppress_health_check=[HealthCheck.too_slow],
     )
-
-
-TestAgainstADict = AgainstADict.TestCase
-TestAgainstADict.settings = settings_of(15, 15)
