@@ -7,6 +7,7 @@ Format 2, in full (`<store>` is a run's `scores/`):
     manifests/<generation>.json   what the store holds, 12 digits; the highest generation counts
     fragments/<name>              Arrow IPC file, SCORE_SCHEMA: the rows of one commit, in any order
     snapshots/<name>              Arrow IPC file, SNAPSHOT_SCHEMA: the latest row of each scored sample, by sample_id
+    unneeded.json                 the writers' notes of what they found unneeded and when; nobody else reads them
 
 Columns are in the schema's order and have no nulls; sample ids lie in 0..N-1; any number of record batches. Names that
 begin with a dot, and fragments and snapshots that no manifest names (whole, torn or empty), are made ready, are being
@@ -46,7 +47,7 @@ name, the last 8 superseded manifests, and whatever became unneeded within a gra
 open it.
 
 A store of another format is refused with a message that says which, and nothing in it is touched. There is no append to
-a file, no rename and no lock: a store on an object store needs nothing else.
+a file and no lock, and only unneeded.json is ever written anew: a store on an object store needs nothing else.
 """
 
 import contextlib
@@ -226,13 +227,11 @@ class ScoreWriter:
                 manifest = self._manifest
             snapshot = self._fold(manifest) if manifest.fragments else None
             with self._turn():
-                before = self._manifest.earlier
                 if snapshot is None:
                     self._retain()
                 else:
                     self._replace_by(snapshot)
-                let_go = not set(before) <= set(self._manifest.earlier)
-                if not self._store.collect(self._manifest, self._grace_s, is_just_unneeded=let_go):
+                if not self._store.collect(self._manifest, self._grace_s):
                     self._fence()
 
     def close(self) -> None:

@@ -28,6 +28,7 @@ READ_BYTES = 1 << 24
 WRITING_THREADS = 3  # a commit's fragment, what is prepared for the next, and a snapshot
 FRAGMENTS, SNAPSHOTS = "fragments", "snapshots"
 PART_SUFFIX = ".arrow"
+NOTES = "unneeded.json"
 Name = tuple[str, str]  # folder and name
 Names = frozenset[Name]
 MANIFEST_NAME = re.compile(r"[0-9]{12}\.json")
@@ -121,7 +122,6 @@ class StoreFiles:
         self._maps = is_mappable(self.path)
         self._beside = Beside(WRITING_THREADS)
         self._names: dict[int, Names] = {}  # generation of a kept manifest -> what it names
-        self._unneeded: dict[Name, float] = {}  # since when, by time.monotonic
 
     def create(self, num_samples: int, scoring_id: str) -> None:
         """Make the store, or check that it is there with these; nothing is touched when it is not."""
@@ -295,14 +295,11 @@ class StoreFiles:
     def part_path(self, kind: str, part: Part) -> Path:
         return self._parts[kind].path / part.name
 
-    def collect(self, newest: Manifest, grace_s: float, *, is_just_unneeded: bool) -> bool:
-        """Remove manifests that do not count any more, and files that no kept manifest has named for `grace_s`.
+    def collect(self, newest: Manifest, grace_s: float) -> bool:
+        """Remove manifests that do not count any more, and files that were found unneeded `grace_s` ago.
 
         The grace is for readers that are about to open what an older manifest named. Only the store's writer may
         collect, and not while it writes: what it has begun to write is not named yet.
-
-        Args:
-            is_just_unneeded: whether manifests were let go just now, so that what they named is needed until now.
 
         Returns: False, with nothing removed, when `newest` is not the newest any more. A successor's files that are
         listed here came after its manifest, and so before that is looked for.
@@ -319,12 +316,14 @@ class StoreFiles:
         for generation in superseded:
             if generation not in self._names:
                 self._manifests.delete(_name(generation))
-        now = time.monotonic()
-        age = {key: 0.0 if is_just_unneeded else self._age(*key, newest) for key in there - self._unneeded.keys()}
-        self._unneeded = {key: self._unneeded[key] if key in self._unneeded else now - age[key] for key in there}
-        for (kind, name), since in self._unneeded.items():
-            if now - since >= grace_s:
-                Folder(self.path / kind).delete(name)
+        noted, now = self._noted(), time.time()
+        found = {f"{kind}/{name}" if kind else name for kind, name in there}
+        since = {path: min(noted.get(path, now), now) for path in found}
+        stay = {path: when for path, when in since.items() if now - when < grace_s}
+        for path in found - stay.keys():
+            self._root.delete(path)
+        if stay != noted:
+            self._root.put(NOTES, orjson.dumps(stay))
         return True
 
     def _named_by(self, anchor: Anchor, newest: Manifest) -> Names:
@@ -333,15 +332,13 @@ class StoreFiles:
             known = names_of(manifest) if (manifest := self.read_kept(anchor, newest)) else frozenset()
         return known
 
-    def _age(self, kind: str, name: str, newest: Manifest) -> float:
-        """Seconds for which a file that is found unneeded for the first time has been so, at least."""
-        paths = [self.path / kind / name]
-        if newest.snapshot and not name.startswith("."):  # when this snapshot came at the latest
-            paths.append(self.path / SNAPSHOTS / newest.snapshot.name)
+    def _noted(self) -> dict[str, float]:
+        """What was found unneeded, by path, and when it first was (seconds since 1970); nothing without whole notes."""
         try:
-            return max(time.time() - max(path.stat().st_mtime for path in paths), 0.0)
-        except FileNotFoundError:
-            return 0.0
+            noted = orjson.loads(self._root.read(NOTES))
+            return {str(path): float(since) for path, since in noted.items()}
+        except (FileNotFoundError, ValueError, TypeError, AttributeError):
+            return {}
 
 
 def names_of(manifest: Manifest) -> Names:

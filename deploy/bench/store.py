@@ -221,7 +221,10 @@ def _sqlite(place: str) -> Iterator[Append]:
 def _lance(place: str) -> Iterator[Append]:
     import lance
 
-    yield lambda batch: lance.write_dataset(batch, f"{place}/scores.lance", mode="append")
+    def append(batch: pa.Table) -> None:
+        lance.write_dataset(batch, f"{place}/scores.lance", mode="append")
+
+    yield append
 
 
 OTHERS: dict[str, Callable[[str], Iterator[Append]]] = {"duckdb": _duckdb, "sqlite": _sqlite, "lance": _lance}
