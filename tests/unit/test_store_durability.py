@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import json
 import os
 import re
 import shutil
@@ -758,10 +759,40 @@ def test_temporary_files_of_dead_writers_are_removed(tmp_path: Path, folder: str
     commit(writer, [0])
     left = tmp_path / folder / ".000000000002-dead.arrow.0123456789ab"
     left.write_bytes(b"half")
+    writer.compact()
+    assert left.exists()  # it may be a successor's
     age(tmp_path)
     writer.compact()
 
     assert not left.exists()
+
+
+def test_lives_shorter_than_the_grace_period_do_not_fill_the_disk(tmp_path: Path) -> None:
+    """What one writer found unneeded, the next ones remove in time."""
+    for version in range(1, 6):
+        writer = ScoreWriter(tmp_path, N, retention=Retention(0), grace_s=1800.0)
+        commit(writer, [0], version)
+        writer.compact()
+        if version == 3:
+            unneeded = names(tmp_path, "snapshots") | names(tmp_path, "fragments")
+            unneeded -= {path.name for path in named(tmp_path, "snapshots")}
+            age(tmp_path)
+
+    assert len(unneeded) == 5
+    assert not unneeded & (names(tmp_path, "snapshots") | names(tmp_path, "fragments"))
+    assert read(tmp_path) == {0: (5, -1.0)}
+
+
+@pytest.mark.parametrize("content", [b"", b"[1]", b'{"a": "b"}', b'{"fragments/x": null}'])
+def test_damaged_notes_begin_anew(tmp_path: Path, content: bytes) -> None:
+    writer = ScoreWriter(tmp_path, N, retention=Retention(0))
+    commit(writer, [0])
+    (tmp_path / store_files.NOTES).write_bytes(content)
+    writer.compact()
+
+    assert json.loads((tmp_path / store_files.NOTES).read_bytes()).keys() == {
+        f"fragments/{name}" for name in names(tmp_path, "fragments")
+    }
 
 
 def test_compaction_collects_also_when_there_is_nothing_to_fold(tmp_path: Path) -> None:
