@@ -309,6 +309,7 @@ def main() -> None:
         typer.echo(f"steppe: {error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
+        typer.echo("steppe: interrupted", err=True)
         sys.exit(INTERRUPTED)
     except BrokenPipeError:  # such as `steppe query ... | head`
         sys.stderr.close()

@@ -43,11 +43,15 @@ class StoreError(SteppeError):
 
 
 class StoreCorrupt(StoreError):
-    """A file of the score store is torn, altered or missing; the message names it."""
+    """A file of the score store is torn, altered or missing; the message names it, and `file` is its path."""
+
+    file = ""
 
     @classmethod
     def of(cls, file: object, problem: object) -> "StoreCorrupt":
-        return cls(f"{file} {problem}; restore it from a copy")
+        error = cls(f"{file} {problem}; restore it from a copy")
+        error.file = str(file)
+        return error
 
 
 class StoreMismatch(StoreError, ValueError):

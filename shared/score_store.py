@@ -5,13 +5,13 @@ Format 2, in full (`<store>` is a run's `scores/`):
     store.json                    {"format": 2, "num_samples": N, "scoring_id": "...", "xxh3_128": "..."}, written once,
                                   before all else; the checksum is that of the text "2 N ...", the values before it
     manifests/<generation>.json   what the store holds, 12 digits; the highest generation counts
-    fragments/<name>              Arrow IPC file, SCORE_SCHEMA: the rows of one commit, in any order
-    snapshots/<name>              Arrow IPC file, SNAPSHOT_SCHEMA: the latest row of each scored sample, by sample_id
+    fragments/<24 hex>.arrow      Arrow IPC file, SCORE_SCHEMA: the rows of one commit, in any order
+    snapshots/<24 hex>.arrow      Arrow IPC file, SNAPSHOT_SCHEMA: the latest row of each scored sample, by sample_id
     unneeded.json                 the writers' notes of what they found unneeded and when; nobody else reads them
 
-Columns are in the schema's order and have no nulls; sample ids lie in 0..N-1; any number of record batches. Names that
-begin with a dot, and fragments and snapshots that no manifest names (whole, torn or empty), are made ready, are being
-written or were left by a crash: readers pass over them.
+Columns are in the schema's order and have no nulls; sample ids lie in 0..N-1; any number of record batches. Files
+called .draft-<16 hex>, and fragments and snapshots that no manifest names (whole, torn or empty), are made ready, are
+being written or were left by a crash: readers pass over them, as over any other name.
 
 **A manifest** has two lines: a JSON object, and the checksum (XXH3, 128 bits, in hex) of its bytes. The object has
 these keys and no others; new ones come with a new format:
@@ -43,8 +43,8 @@ torn files; what else can be wrong, the checksums tell.
 
 **What a writer must leave**: only the writer of the newest generation removes files, and but for manifests superseded
 long ago it looks that it still is that after it has listed them. It leaves what the newest manifest and the kept ones
-name, the last 8 superseded manifests, and whatever became unneeded within a grace period, for readers that are about to
-open it.
+name, the last 8 superseded manifests, whatever was found unneeded within a grace period, for readers that are about to
+open it, and all that has another name than those above.
 
 A store of another format is refused with a message that says which, and nothing in it is touched. There is no append to
 a file and no lock, and only unneeded.json is ever written anew: a store on an object store needs nothing else.
@@ -220,19 +220,21 @@ class ScoreWriter:
         return version
 
     def compact(self) -> None:
-        """Fold snapshot and fragments into one snapshot and remove what nothing needs. No new version."""
+        """Fold snapshot and fragments into one snapshot, and remove what nothing needs. No new version.
+
+        It removes first: that makes room where a disk is full, and comes to it also where lives end in their fold.
+        """
         self._check_process()
         with self._compaction_lock:
             with self._turn():
+                self._retain()
+                self._collect()
                 manifest = self._manifest
-            snapshot = self._fold(manifest) if manifest.fragments else None
-            with self._turn():
-                if snapshot is None:
-                    self._retain()
-                else:
+            if manifest.fragments:
+                snapshot = self._fold(manifest)
+                with self._turn():
                     self._replace_by(snapshot)
-                if not self._store.collect(self._manifest, self._grace_s):
-                    self._fence()
+                    self._collect()
 
     def close(self) -> None:
         """Commit what is pending, wait for a compaction that goes on, and end. Twice is fine.
@@ -428,8 +430,13 @@ class ScoreWriter:
             logger.warning("the score store could not be compacted now: %s", error)
 
     def _fold(self, manifest: Manifest) -> NewPart:
-        """A durable snapshot of the manifest's version, which nothing names yet."""
+        """A durable snapshot of the manifest's version, which nothing names yet.
+
+        Raises StoreCorrupt for a file that does not match its checksum: the snapshot would get a good one.
+        """
         with self._fenced_when_missing():
+            for kind, part in manifest.parts():
+                self._store.check_part(kind, part)
             view = StoreView.empty(self.num_samples).advance(self._store, manifest)
             snapshot = self._store.begin_part(SNAPSHOTS, view.latest(), manifest.version)
             snapshot.wait()
@@ -451,6 +458,10 @@ class ScoreWriter:
         earlier = self._retention.kept(now.earlier, now.base_version, now.version)
         if earlier != now.earlier:
             self._advance(earlier=earlier)
+
+    def _collect(self) -> None:
+        if not self._store.collect(self._manifest, self._grace_s):
+            self._fence()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -577,7 +588,9 @@ class ScoreReader:
     def _at(self, version: int) -> StoreView:
         view = self._view
         if not 0 <= version <= view.version:
-            raise StoreError(f"version {version} is not there; this reader is at version {view.version}")
+            raise StoreError(
+                f"version {version} is not there; this reader is at version {view.version} (refresh() moves it on)"
+            )
         if version >= view.base_version:
             return view.at(version)
 

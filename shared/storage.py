@@ -8,7 +8,9 @@ after the name was made. Nothing is assumed of the order in which a disk keeps w
 """
 
 import os
+import re
 import secrets
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
@@ -51,6 +53,7 @@ def is_mappable(path: Path) -> bool:
     return kind in MAPPABLE_DISKS
 
 
+DRAFT = re.compile(r"\.draft-[0-9a-f]{16}")
 SPARES = 8
 
 
@@ -60,6 +63,7 @@ class Folder:
     def __init__(self, uri: str | os.PathLike[str]) -> None:
         self.path = local_path(uri)
         self._spares: list[str] = []
+        self._preparing = threading.Lock()
 
     def make(self) -> "Folder":
         """Create the folder when it is not there, durably; also one that somebody created and could not make so."""
@@ -119,12 +123,13 @@ class Folder:
 
     def prepare(self, suffix: str) -> None:
         """Have names ready, durable and empty, for what comes: to make them is a good part of the time of `fill`."""
-        if not self._spares:
-            names = [self.new_name(suffix) for _ in range(SPARES)]
-            for name in names:
-                os.close(_open(self.path / name))
-            self.sync()
-            self._spares += names
+        with self._preparing:
+            if not self._spares:
+                names = [self.new_name(suffix) for _ in range(SPARES)]
+                for name in names:
+                    os.close(_open(self.path / name))
+                self.sync()
+                self._spares += names
 
     def tidy(self) -> None:
         """Remove what `prepare` made and nobody used."""
@@ -136,11 +141,12 @@ class Folder:
 
     def names(self) -> list[str]:
         """Names in order, but of temporary and prepared files; a folder that is not there is empty."""
-        return [name for name in self._listing() if not name.startswith(".") and name not in self._spares]
+        with self._preparing:
+            return [name for name in self._listing() if not name.startswith(".") and name not in self._spares]
 
     def temporary_names(self) -> list[str]:
         """What `put` and `create` are writing now, or died over."""
-        return [name for name in self._listing() if name.startswith(".")]
+        return [name for name in self._listing() if DRAFT.fullmatch(name)]
 
     def sync(self) -> None:
         """Make every name that is there durable."""

@@ -17,7 +17,7 @@ from shared.store_view import column_array
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A file that is not as its manifest says, with what to do."""
+    """A file that is not as it must be, with what to do."""
 
     file: str
     problem: str
@@ -31,25 +31,27 @@ def verify(uri: str | os.PathLike[str], progress: Callable[[int, int], None] | N
     Args:
         progress: is told how many bytes have been read, and of how many.
 
-    Raises: StoreError when there is no store; StoreCorrupt for a manifest: it says what there is to verify.
+    Raises: StoreError when there is no store.
     """
     store = StoreFiles(uri)
-    num_samples = store.describe()["num_samples"]
-    problems, done = [], 0
-    parts = _parts(store)
-    total = sum(part.bytes for _, part in parts)
+    try:
+        num_samples = store.describe()["num_samples"]
+        parts, problems = _parts(store)
+    except StoreCorrupt as error:  # of what says what there is to verify
+        return [Problem(error.file, str(error))]
+    done, total = 0, sum(part.bytes for _, part in parts)
     for kind, part in parts:
         path = store.part_path(kind, part)
         try:
             store.check_part(kind, part)
             _check_rows(store.read_part(kind, part), kind, num_samples, str(path))
         except FileNotFoundError:
-            if (kind, part) in _parts(store):  # else it was collected meanwhile
+            if (kind, part) in _parts(store)[0]:  # else it was collected meanwhile
                 problems.append(Problem(str(path), str(StoreCorrupt.of(path, "is missing"))))
         except StoreCorrupt as error:
             problems.append(Problem(str(path), str(error)))
         except OSError as error:
-            problems.append(Problem(str(path), str(StoreCorrupt.of(path, f"cannot be read: {error}"))))
+            problems.append(Problem(str(path), f"{path} cannot be read: {error.strerror}"))
         done += part.bytes
         if progress is not None:
             progress(done, total)
@@ -99,11 +101,20 @@ def manifests(store: StoreFiles) -> list[Manifest]:
     return [newest, *(manifest for manifest in kept if manifest is not None)]
 
 
-def _parts(store: StoreFiles) -> list[tuple[str, Part]]:
-    """Folder and part, each once, by version."""
-    return sorted(
-        {item for m in manifests(store) for item in m.parts()}, key=lambda item: (item[1].version, item[1].name)
-    )
+def _parts(store: StoreFiles) -> tuple[list[tuple[str, Part]], list[Problem]]:
+    """Folder and part, each once, by version; and the kept manifests that cannot say theirs. Raises StoreCorrupt."""
+    newest = store.newest()
+    if newest is None:
+        return [], []
+    found, problems = {*newest.parts()}, []
+    for anchor in newest.earlier:
+        try:
+            kept = store.read_kept(anchor, newest)
+        except StoreCorrupt as error:
+            problems.append(Problem(error.file, str(error)))
+        else:
+            found |= {*kept.parts()} if kept else set()
+    return sorted(found, key=lambda item: (item[1].version, item[1].name)), problems
 
 
 def _check_rows(rows: pa.Table, kind: str, num_samples: int, path: str) -> None:

@@ -32,6 +32,7 @@ NOTES = "unneeded.json"
 Name = tuple[str, str]  # folder and name
 Names = frozenset[Name]
 MANIFEST_NAME = re.compile(r"[0-9]{12}\.json")
+PART_NAME = re.compile(r"[0-9a-f]{24}\.arrow")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,6 +123,7 @@ class StoreFiles:
         self._maps = is_mappable(self.path)
         self._beside = Beside(WRITING_THREADS)
         self._names: dict[int, Names] = {}  # generation of a kept manifest -> what it names
+        self._unneeded: dict[str, float] | None = None  # as in the notes, once these are read
 
     def create(self, num_samples: int, scoring_id: str) -> None:
         """Make the store, or check that it is there with these; nothing is touched when it is not."""
@@ -236,14 +238,19 @@ class StoreFiles:
         return self._manifests.publish(draft, name)
 
     def prepare(self, newest: Manifest) -> None:
-        """Beside what comes next: have names ready, and remove the manifest that was superseded long enough ago."""
-        superseded = newest.generation - SUPERSEDED_MANIFESTS_KEPT - 1
+        """Beside what comes next: have names ready, and remove the manifests that were superseded long enough ago.
+
+        Only for the store's writer. Another may have followed meanwhile: it keeps none of those either.
+        """
+        stay = {anchor.generation for anchor in newest.earlier}
+        stay_from = newest.generation - SUPERSEDED_MANIFESTS_KEPT
 
         def prepare() -> None:
-            with contextlib.suppress(OSError):  # it is made, or collected, later
+            with contextlib.suppress(OSError):  # next time
                 self._parts[FRAGMENTS].prepare(PART_SUFFIX)
-                if all(anchor.generation != superseded for anchor in newest.earlier):
-                    self._manifests.delete(_name(superseded))
+                for generation in self.generations():
+                    if generation < stay_from and generation not in stay:
+                        self._manifests.delete(_name(generation))
 
         self._beside(prepare)
 
@@ -272,7 +279,7 @@ class StoreFiles:
             if (
                 isinstance(error, OSError) and error.errno is not None
             ):  # the system's, not Arrow's of what is in the file
-                raise
+                raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
             raise StoreCorrupt.of(path, f"is not an Arrow file: {error}") from error
         if kind == FRAGMENTS:
             table = table.append_column("store_version", pa.array(np.full(table.num_rows, part.version)))
@@ -296,34 +303,29 @@ class StoreFiles:
         return self._parts[kind].path / part.name
 
     def collect(self, newest: Manifest, grace_s: float) -> bool:
-        """Remove manifests that do not count any more, and files that were found unneeded `grace_s` ago.
+        """Remove the files that were found unneeded `grace_s` ago; and note which are, for the writers that follow.
 
         The grace is for readers that are about to open what an older manifest named. Only the store's writer may
-        collect, and not while it writes: what it has begun to write is not named yet.
+        collect, and not while it writes: what it has begun to write is not named yet. Time is by the clock of whoever
+        writes. Where the notes cannot be written (OSError), what had to go is gone.
 
         Returns: False, with nothing removed, when `newest` is not the newest any more. A successor's files that are
         listed here came after its manifest, and so before that is looked for.
         """
         self._names = {anchor.generation: self._named_by(anchor, newest) for anchor in newest.earlier}
-        stay_from = newest.generation - SUPERSEDED_MANIFESTS_KEPT
-        superseded = [generation for generation in self.generations() if generation < stay_from]
         named = names_of(newest).union(*self._names.values())
-        there = {(kind, name) for kind, folder in self._parts.items() for name in folder.names()} - named
-        for kind, folder in (("", self._root), ("manifests", self._manifests), *self._parts.items()):
-            there |= {(kind, name) for name in folder.temporary_names()}
+        there = {(kind, name) for kind, folder in self._parts.items() for name in folder.names()}
+        found = {f"{kind}/{name}" for kind, name in there - named if PART_NAME.fullmatch(name)}
+        found |= {f"manifests/{name}" for name in self._manifests.temporary_names()} | {*self._root.temporary_names()}
         if self.newest(newest) is not newest:
             return False
-        for generation in superseded:
-            if generation not in self._names:
-                self._manifests.delete(_name(generation))
-        noted, now = self._noted(), time.time()
-        found = {f"{kind}/{name}" if kind else name for kind, name in there}
+        noted, now = self._noted() if self._unneeded is None else self._unneeded, time.time()
         since = {path: min(noted.get(path, now), now) for path in found}
-        stay = {path: when for path, when in since.items() if now - when < grace_s}
-        for path in found - stay.keys():
+        self._unneeded = {path: when for path, when in since.items() if now - when < grace_s}
+        for path in found - self._unneeded.keys():
             self._root.delete(path)
-        if stay != noted:
-            self._root.put(NOTES, orjson.dumps(stay))
+        if self._unneeded != noted:
+            self._root.put(NOTES, orjson.dumps(self._unneeded))
         return True
 
     def _named_by(self, anchor: Anchor, newest: Manifest) -> Names:
@@ -336,8 +338,8 @@ class StoreFiles:
         """What was found unneeded, by path, and when it first was (seconds since 1970); nothing without whole notes."""
         try:
             noted = orjson.loads(self._root.read(NOTES))
-            return {str(path): float(since) for path, since in noted.items()}
-        except (FileNotFoundError, ValueError, TypeError, AttributeError):
+            return {path: since for path, since in noted.items() if isinstance(since, float)}
+        except (FileNotFoundError, ValueError, AttributeError):
             return {}
 
 

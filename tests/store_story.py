@@ -14,12 +14,12 @@ import pytest
 from shared import store_check, store_files
 from shared.errors import Fenced, StoreCorrupt
 from shared.score_store import Retention, ScoreReader, ScoreWriter
-from tests.disk import CALLS, Call, Disk
+from tests.disk import Call, Disk
 from tests.rows import make_rows
 
 N = 6
 KEPT = 2  # earlier versions
-KINDS = [kind for kind in CALLS if kind != "replace"]  # the store renames nothing
+LONG_S = 3600.0  # longer than a story
 Latest = dict[int, tuple[int, float]]
 Answer = TypeVar("Answer")
 
@@ -32,14 +32,14 @@ def read(uri: Path, version: int | None = None) -> tuple[int, Latest]:
 
 
 def files(uri: Path) -> set[str]:
-    return {path.name for folder in ("fragments", "snapshots", "manifests") for path in (uri / folder).iterdir()}
+    return {path.name for path in uri.rglob("*") if path.is_file()}
 
 
 class Story:
     """What happens to a store: commits, some again after an error, compactions, and two successors.
 
-    The first writer finds out at once that it is fenced; the second sleeps until its place is free again, wakes in its
-    compaction, and then commits.
+    The first writer finds out at once that it is fenced, and notes for others what it found unneeded; the second sleeps
+    until its place is free again, wakes in its compaction, and then commits.
     """
 
     def __init__(self, uri: Path, patience: int = 0) -> None:
@@ -52,11 +52,11 @@ class Story:
 
     @mock.patch.object(store_files, "SUPERSEDED_MANIFESTS_KEPT", 2)
     def run(self) -> None:
-        first = self._open()
-        for model_version in (1, 2, 3):
+        first = self._open(grace_s=LONG_S)
+        for model_version in (1, 2, 3, 4):
             self._commit(first, model_version, [0, model_version])
-        self._again(first.compact)
-        self._commit(first, 4, [0, 4])
+            if model_version % 3:  # before the fourth nothing is unneeded
+                self._again(first.compact)
         second = self._open()
         self._is_fenced(first)
         for model_version in (5, 6):
@@ -70,8 +70,8 @@ class Story:
         self._again(third.compact)
         self._again(third.close)
 
-    def _open(self) -> ScoreWriter:
-        return self._again(lambda: ScoreWriter(self.uri, N, retention=Retention(KEPT), grace_s=0.0))
+    def _open(self, grace_s: float = 0.0) -> ScoreWriter:
+        return self._again(lambda: ScoreWriter(self.uri, N, retention=Retention(KEPT), grace_s=grace_s))
 
     def _commit(self, writer: ScoreWriter, model_version: int, ids: list[int]) -> None:
         self.coming = self.reported[-1] | {i: (model_version, float(model_version)) for i in ids}

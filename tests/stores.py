@@ -1,18 +1,18 @@
 """What tests of the score store share."""
 
 import contextlib
-import json
 import os
 import time
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pytest
 
 from shared import store_check
 from shared.schema import SCORE_SCHEMA
 from shared.score_store import ScoreReader, ScoreWriter
-from shared.store_files import NOTES, StoreFiles
+from shared.store_files import StoreFiles
 from tests.rows import make_rows
 
 N = 10
@@ -38,14 +38,10 @@ def commit(writer: ScoreWriter, ids: Any, model_version: Any = 1, **columns: Any
     return writer.commit()
 
 
-def age(uri: Path) -> None:
-    """Make it an hour since files were written, and found unneeded."""
-    with contextlib.suppress(FileNotFoundError):
-        noted = json.loads((uri / NOTES).read_bytes())
-        (uri / NOTES).write_text(json.dumps({path: since - 3600 for path, since in noted.items()}))
-    for path in uri.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # a writer gets ready for its next commit
-            os.utime(path, (time.time() - 3600,) * 2)
+def an_hour_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For the grace of what is unneeded."""
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 3600)
 
 
 def names(uri: Path, folder: str) -> set[str]:

@@ -16,8 +16,9 @@ from deploy.bench.load import load
 from shared import store_check
 from shared.errors import Fenced
 from shared.score_store import Retention, ScoreReader, ScoreWriter
+from tests.disk import CALLS
 from tests.store_model import AgainstADict, settings_of
-from tests.store_story import KINDS, fail_in_turn
+from tests.store_story import fail_in_turn
 
 pytestmark = pytest.mark.slow
 KILLS = 100
@@ -41,7 +42,7 @@ def test_readers_beside_a_busy_writer_see_whole_versions_that_rise(tmp_path: Pat
     assert found["refreshes"] > 100
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CALLS)
 def test_every_call_fails_up_to_three_times_and_nothing_is_lost(tmp_path: Path, kind: str) -> None:
     fail_in_turn(tmp_path, kind, range(1, 1000))
 

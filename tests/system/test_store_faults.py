@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from shared.score_store import ScoreWriter
-from tests.disk import Call, Disk
+from tests.disk import CALLS, Call, Disk
 from tests.rows import make_rows
 from tests.store_model import AgainstADict, settings_of
-from tests.store_story import KINDS, Latest, N, Story, fail_in_turn, read
+from tests.store_story import Latest, N, Story, fail_in_turn, read
 
 SHARE_OF_CALLS = 0.25  # at which a power cut that leaves something is tried
 
@@ -46,7 +46,7 @@ def test_a_power_cut_at_any_call_loses_no_reported_row(tmp_path: Path, seed: int
         then.check(uri)
 
 
-@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "mkdir"])
+@pytest.mark.parametrize("kind", [kind for kind in CALLS if kind != "mkdir"])
 def test_each_call_fails_up_to_three_times_and_nothing_is_lost(tmp_path: Path, kind: str) -> None:
     """Every fifth in turn here; every one of them is `test_every_call_fails` in the slow tier."""
     fail_in_turn(tmp_path, kind, range(1, 1000, 5))

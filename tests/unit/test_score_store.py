@@ -18,7 +18,7 @@ from shared.schema import SCORE_SCHEMA, SNAPSHOT_SCHEMA
 from shared.score_store import COMPACT_AFTER_FRAGMENTS, Retention, ScoreReader, ScoreWriter
 from shared.store_view import stable_order
 from tests.rows import SCORED_AT, make_rows
-from tests.stores import Latest, N, age, commit, latest, names, read
+from tests.stores import Latest, N, commit, latest, names, read
 from tests.waiting import wait_for
 
 
@@ -319,9 +319,8 @@ def test_fence_holds_after_the_successor_removed_old_manifests(tmp_path: Path) -
     """A writer that slept through takeover, compaction and collection must still find its place taken."""
     first = ScoreWriter(tmp_path, N)
     first.append(make_rows([0], 9))
-    second = ScoreWriter(tmp_path, N)
+    second = ScoreWriter(tmp_path, N, grace_s=0.0)
     commit(second, [1], 1)
-    age(tmp_path)
     second.compact()
 
     with pytest.raises(Fenced):
@@ -556,7 +555,8 @@ def test_appends_from_threads_during_commits_lose_nothing(tmp_path: Path) -> Non
 
 def test_reader_beside_the_writer_sees_versions_rise_and_whole_tables(tmp_path: Path) -> None:
     """Every commit scores all samples and compactions remove what the reader may be opening."""
-    writer, reader = ScoreWriter(tmp_path, N, retention=Retention(0)), ScoreReader(tmp_path)
+    writer = ScoreWriter(tmp_path, N, retention=Retention(0), grace_s=0.0)
+    reader = ScoreReader(tmp_path)
     seen: list[tuple[int, set[int], int]] = []
     failures: list[BaseException] = []
     done = threading.Event()
@@ -577,7 +577,6 @@ def test_reader_beside_the_writer_sees_versions_rise_and_whole_tables(tmp_path: 
     for version in range(1, 61):
         commit(writer, np.arange(N), version)
         if version % 5 == 0:
-            age(tmp_path)
             writer.compact()
     done.set()
     thread.join(30)

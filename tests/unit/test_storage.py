@@ -1,14 +1,18 @@
+import contextlib
 import errno
 import os
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from shared.errors import ConfigError
 from shared.storage import SPARES, Folder, local_path
 from tests.disk import Disk
+from tests.waiting import wait_for
 
 WRITES = {"put": Folder.put, "create": Folder.create}
 
@@ -141,6 +145,20 @@ def test_create_that_nfs_answers_twice_is_made(tmp_path: Path, monkeypatch: pyte
 
     assert Folder(tmp_path).create("x", b"mine")
     assert not Folder(tmp_path).create("x", b"other")
+
+
+def test_names_are_not_listed_while_they_are_prepared(tmp_path: Path) -> None:
+    folder, go_on = Folder(tmp_path), threading.Event()
+    with mock.patch.object(folder, "sync", go_on.wait), ThreadPoolExecutor(2) as threads:
+        preparing = threads.submit(folder.prepare, ".arrow")
+        wait_for(lambda: len(os.listdir(tmp_path)) == SPARES)
+        listing = threads.submit(folder.names)
+        with contextlib.suppress(TimeoutError):
+            listing.result(0.2)
+        go_on.set()
+        preparing.result()
+
+    assert listing.result() == []
 
 
 def test_prepared_names_are_used_once_or_tidied_up(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 from deploy.cli import app
 from deploy.config import RunConfig
 from shared.catalogue import Run
-from shared.errors import RunError, StoreCorrupt, StoreError
+from shared.errors import RunError, StoreError
 from shared.samples import Images
 from shared.score_store import ScoreReader, ScoreWriter
 from shared.store_check import verify
@@ -86,13 +86,27 @@ def test_kept_versions_are_verified_too(run: Run) -> None:
     assert [problem.file for problem in verify(run.scores_uri)] == [str(first)]
 
 
-def test_a_kept_manifest_that_is_gone_is_named(run: Run) -> None:
+def test_a_kept_manifest_that_is_gone_is_named_beside_other_damage(run: Run) -> None:
     (anchor,) = json.loads(max((run.scores_uri / "manifests").iterdir()).read_bytes().partition(b"\n")[0])["earlier"]
     path = run.scores_uri / "manifests" / f"{anchor['generation']:012d}.json"
     path.unlink()
+    (snapshot,) = (run.scores_uri / "snapshots").iterdir()
+    snapshot.write_bytes(b"")
 
-    with pytest.raises(StoreCorrupt, match=f"{path} is missing and was kept for versions 0 to 2"):
-        verify(run.scores_uri)
+    problems = verify(run.scores_uri)
+    assert [problem.file for problem in problems] == [str(path), str(snapshot)]
+    assert problems[0].problem.startswith(f"{path} is missing and was kept for versions 0 to 2; restore")
+
+
+@pytest.mark.parametrize("name", ["store.json", "manifests"])
+def test_what_says_what_there_is_to_verify_may_be_damaged_itself(run: Run, name: str) -> None:
+    path = run.scores_uri / name
+    path = path if path.is_file() else max(path.iterdir())
+    path.write_bytes(path.read_bytes()[:-9])
+
+    found = store("verify", run.path, "--json")
+    assert found.exit_code == 1
+    assert [problem["file"] for problem in json.loads(found.stdout)] == [str(path)]
 
 
 def test_stats_add_up(run: Run) -> None:

@@ -15,18 +15,21 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
-from shared import score_store, store_check, store_files
+from shared import score_store, storage, store_check, store_files
 from shared.errors import ConfigError, Fenced, StoreCorrupt, StoreError
 from shared.score_store import Retention, ScoreReader, ScoreWriter
 from shared.storage import Folder
 from shared.store_files import StoreFiles
 from tests.disk import Call, Disk
 from tests.rows import make_rows
-from tests.stores import N, age, commit, latest, named, names, read
+from tests.stores import N, an_hour_passes, commit, latest, named, names, read
 from tests.waiting import wait_for
+
+STRAY = f"{7:024x}.arrow"  # nobody's
 
 # Damage
 
@@ -124,6 +127,22 @@ def test_a_flipped_byte_anywhere_is_an_error_that_names_the_file_or_is_found_by_
         except StoreCorrupt as error:
             assert path.name in str(error)  # noqa: PT017  any other error is a failure, none is right too
         assert [problem.file for problem in store_check.verify(tmp_path)] == [str(path)]
+
+
+def test_a_fold_does_not_pass_a_flipped_bit_on_under_a_new_checksum(tmp_path: Path) -> None:
+    writer = ScoreWriter(tmp_path, N)
+    commit(writer, [0], 1, margin=1.0)
+    (path,) = named(tmp_path, "fragments")
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(np.float32(1.0).tobytes(), np.float32(-1.0).tobytes()))
+
+    with pytest.raises(StoreCorrupt, match=f"{path} does not match its checksum"):
+        writer.compact()
+    assert commit(writer, [1], 1) == 2  # it goes on
+    path.write_bytes(whole)
+    writer.compact()
+    assert read(tmp_path) == {0: (1, 1.0), 1: (1, -1.0)}
+    assert store_check.verify(tmp_path) == []
 
 
 @pytest.mark.parametrize("missing", ["manifests", "store.json"])
@@ -644,7 +663,7 @@ def test_what_the_system_refuses_is_no_damage(tmp_path: Path, monkeypatch: pytes
 # Collection
 
 
-def test_what_no_kept_version_needs_is_removed_when_old(tmp_path: Path) -> None:
+def test_what_no_kept_version_needs_is_removed_when_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = ScoreWriter(tmp_path, N, retention=Retention(1))
     for version in (1, 2, 3):
         commit(writer, [0, version], version)
@@ -653,18 +672,15 @@ def test_what_no_kept_version_needs_is_removed_when_old(tmp_path: Path) -> None:
     for version in (4, 5, 6):
         commit(writer, [0, version], version)
     fragments = names(tmp_path, "fragments")
-    stray = tmp_path / "fragments" / "000000000007-dead-writer.arrow"
+    stray = tmp_path / "fragments" / STRAY
     stray.write_bytes(b"never committed")
     writer.compact()
     assert names(tmp_path, "fragments") == fragments | {stray.name}  # a reader may still be opening them
 
     commit(writer, [7], 7)
-    age(tmp_path)
+    an_hour_passes(monkeypatch)
     before = ScoreReader(tmp_path)
-    writer = ScoreWriter(tmp_path, N, retention=Retention(1))  # has not seen for how long nobody needs them
     writer.compact()
-    age(tmp_path)
-    ScoreWriter(tmp_path, N, retention=Retention(1)).compact()
 
     assert not stray.exists()
     assert names(tmp_path, "fragments") & fragments < fragments
@@ -680,11 +696,11 @@ def test_what_no_kept_version_needs_is_removed_when_old(tmp_path: Path) -> None:
             reader.table(gone)
 
 
-def test_time_travel_reaches_as_far_as_retention_says(tmp_path: Path) -> None:
+def test_time_travel_reaches_as_far_as_retention_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     writer = ScoreWriter(tmp_path, N, retention=Retention(4))
     for version in range(1, 13):
         commit(writer, [0], version)
-        age(tmp_path)
+        an_hour_passes(monkeypatch)
         if version % 2 == 0:
             writer.compact()
     reader = ScoreReader(tmp_path)
@@ -753,21 +769,25 @@ def test_manifests_do_not_pile_up(tmp_path: Path) -> None:
     assert ScoreReader(tmp_path).metadata == {"note": 29}
 
 
-@pytest.mark.parametrize("folder", ["", "fragments", "snapshots", "manifests"])
-def test_temporary_files_of_dead_writers_are_removed(tmp_path: Path, folder: str) -> None:
+@pytest.mark.parametrize("name", [".draft-0123456789abcdef", "manifests/.draft-0123456789abcdef", f"fragments/{STRAY}"])
+def test_temporary_files_of_dead_writers_are_removed(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     writer = ScoreWriter(tmp_path, N)
     commit(writer, [0])
-    left = tmp_path / folder / ".000000000002-dead.arrow.0123456789ab"
+    left = tmp_path / name
     left.write_bytes(b"half")
     writer.compact()
     assert left.exists()  # it may be a successor's
-    age(tmp_path)
+    an_hour_passes(monkeypatch)
     writer.compact()
 
     assert not left.exists()
 
 
-def test_lives_shorter_than_the_grace_period_do_not_fill_the_disk(tmp_path: Path) -> None:
+def test_lives_shorter_than_the_grace_period_do_not_fill_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What one writer found unneeded, the next ones remove in time."""
     for version in range(1, 6):
         writer = ScoreWriter(tmp_path, N, retention=Retention(0), grace_s=1800.0)
@@ -776,31 +796,128 @@ def test_lives_shorter_than_the_grace_period_do_not_fill_the_disk(tmp_path: Path
         if version == 3:
             unneeded = names(tmp_path, "snapshots") | names(tmp_path, "fragments")
             unneeded -= {path.name for path in named(tmp_path, "snapshots")}
-            age(tmp_path)
+            an_hour_passes(monkeypatch)
 
     assert len(unneeded) == 5
     assert not unneeded & (names(tmp_path, "snapshots") | names(tmp_path, "fragments"))
     assert read(tmp_path) == {0: (5, -1.0)}
 
 
-@pytest.mark.parametrize("content", [b"", b"[1]", b'{"a": "b"}', b'{"fragments/x": null}'])
-def test_damaged_notes_begin_anew(tmp_path: Path, content: bytes) -> None:
+def test_lives_that_end_in_their_fold_do_not_fill_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commit(ScoreWriter(tmp_path, N), [0])
+    for _ in range(5):
+        writer = ScoreWriter(tmp_path, N, grace_s=1800.0)
+        with mock.patch.object(writer, "_replace_by", side_effect=MemoryError), pytest.raises(MemoryError):
+            writer.compact()
+        an_hour_passes(monkeypatch)
+
+    assert len(names(tmp_path, "snapshots")) == 2  # this life's, and the one before it that it found
+
+
+def test_a_full_disk_gets_room_before_the_fold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Then also the note of what is unneeded cannot be written."""
     writer = ScoreWriter(tmp_path, N, retention=Retention(0))
+    for version in (1, 2):
+        commit(writer, [0], version)
+        writer.compact()
+    commit(writer, [0], 3)
+    an_hour_passes(monkeypatch)
+    full = mock.patch.object(storage, "_write_out", side_effect=OSError(errno.ENOSPC, "No space"))
+    with full, pytest.raises(OSError, match="No space"):
+        writer.compact()
+
+    assert names(tmp_path, "snapshots") == {path.name for path in named(tmp_path, "snapshots")}
+    assert names(tmp_path, "fragments") == {path.name for path in named(tmp_path, "fragments")}
+
+
+def test_what_others_put_into_the_store_stays_and_is_in_nobodys_way(tmp_path: Path) -> None:
+    others = [
+        tmp_path / name for name in (".DS_Store", "fragments/notes.txt", "snapshots/.nfs0001", "manifests/old.json")
+    ]
+    writer = ScoreWriter(tmp_path, N, retention=Retention(0), grace_s=0.0)
+    for path in others:
+        path.write_bytes(b"?")
+    (tmp_path / "fragments" / os.fsdecode(b"\xff")).touch()
+    (tmp_path / ".ipynb_checkpoints").mkdir()
     commit(writer, [0])
-    (tmp_path / store_files.NOTES).write_bytes(content)
     writer.compact()
 
-    assert json.loads((tmp_path / store_files.NOTES).read_bytes()).keys() == {
-        f"fragments/{name}" for name in names(tmp_path, "fragments")
+    assert all(path.exists() for path in others)
+    assert set(os.listdir(tmp_path / "fragments")) == {
+        "notes.txt",
+        os.fsdecode(b"\xff"),
+        *writer._store._parts["fragments"]._spares,
     }
+    assert read(tmp_path) == {0: (1, -1.0)}
 
 
-def test_compaction_collects_also_when_there_is_nothing_to_fold(tmp_path: Path) -> None:
+def noted(uri: Path) -> dict[str, float]:
+    return {path: float(since) for path, since in json.loads((uri / store_files.NOTES).read_bytes()).items()}
+
+
+def test_notes_say_what_is_unneeded_and_since_when(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, began = ScoreWriter(tmp_path, N, retention=Retention(0)), time.time()
+    commit(writer, [0])
+    [fragment] = named(tmp_path, "fragments")
+    writer.compact()
+
+    first = noted(tmp_path)
+    assert first.keys() == {f"fragments/{fragment.name}"}
+    assert began <= min(first.values()) <= time.time()
+    writer.compact()
+    assert noted(tmp_path) == first
+    an_hour_passes(monkeypatch)
+    ScoreWriter(tmp_path, N, retention=Retention(0)).compact()
+    assert not fragment.exists()
+    assert all((tmp_path / path).exists() for path in noted(tmp_path))
+
+
+@pytest.mark.parametrize("since", ["null", '"0"', '"nan"', "NaN", "[]", "1e12", None])
+def test_wrong_notes_begin_anew(tmp_path: Path, since: str | None) -> None:
+    """1e12: by a clock that was ahead."""
+    writer = ScoreWriter(tmp_path, N, retention=Retention(0))
+    commit(writer, [0])
+    [fragment] = named(tmp_path, "fragments")
+    notes = f'{{"fragments/{fragment.name}": {since}}}' if since else "[1]"
+    (tmp_path / store_files.NOTES).write_text(notes)
+    writer.compact()
+
+    assert fragment.exists()
+    assert time.time() - 60 < noted(tmp_path)[f"fragments/{fragment.name}"] <= time.time()
+
+
+def test_a_writer_that_cannot_write_notes_remembers_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer = ScoreWriter(tmp_path, N, retention=Retention(0), grace_s=60.0)
+    monkeypatch.setattr(writer._store._root, "put", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space")))
+    commit(writer, [0])
+    fragments = named(tmp_path, "fragments")
+    for later_s in (0, 59, 61):
+        assert all(path.exists() for path in fragments)
+        then = time.time() + later_s
+        with monkeypatch.context() as patch, contextlib.suppress(OSError):
+            patch.setattr(time, "time", lambda then=then: then)
+            writer.compact()
+
+    assert not any(path.exists() for path in fragments)
+
+
+def test_lives_of_one_commit_leave_few_manifests(tmp_path: Path) -> None:
+    for version in range(1, 21):
+        writer = ScoreWriter(tmp_path, N)
+        commit(writer, [0], version)
+    writer.close()
+
+    assert len(names(tmp_path, "manifests")) == store_files.SUPERSEDED_MANIFESTS_KEPT + 1
+
+
+def test_compaction_collects_also_when_there_is_nothing_to_fold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     writer = ScoreWriter(tmp_path, N, retention=Retention(0))
     commit(writer, [0])
     writer.compact()
-    age(tmp_path)
-    ScoreWriter(tmp_path, N, retention=Retention(0)).compact()  # one that has not seen for how long nobody needs them
+    an_hour_passes(monkeypatch)
+    writer.compact()
 
     assert names(tmp_path, "fragments") == set()
     assert read(tmp_path).keys() == {0}
