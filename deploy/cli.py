@@ -1,6 +1,7 @@
 """The command line. Commands import what they need themselves, so that `steppe --help` is quick."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,8 +19,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-FOLDER_HELP = "The run's folder; default: the newest that is up below --root."
+FOLDER_HELP = "The run's folder; default: below --root the newest that is up, else the newest."
 RunFolder = Annotated[str | None, typer.Argument(metavar="[RUN]", show_default=False, help=FOLDER_HELP)]
+Address = Annotated[
+    str,
+    typer.Option(
+        "--address", help="The Ray cluster: local (one of the run's own), auto (on one of its hosts), or HOST:PORT."
+    ),
+]
 Root = Annotated[str, typer.Option("--root", help="Where runs are.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for machines.")]
 
@@ -28,16 +35,30 @@ INTERRUPTED = 130
 
 @app.command()
 def run(
+    context: typer.Context,
     config: Annotated[
-        str, typer.Argument(help="A TOML file, such as deploy/configs/quickstart.toml; to resume also a run's folder.")
-    ],
+        str | None,
+        typer.Argument(
+            show_default=False,
+            help="A TOML file, such as deploy/configs/quickstart.toml; to resume also a run's folder.",
+        ),
+    ] = None,
     settings: Annotated[list[str], typer.Option("--set", help="Override: section.key=value. May be repeated.")] = [],  # noqa: B006
+    replay: Annotated[
+        str | None,
+        typer.Option(
+            "--replay",
+            metavar="RUN",
+            help="Train on exactly the draws of that run again, without scorers; by its own settings without a CONFIG.",
+        ),
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the unfinished run: run.folder, else the newest of run.root.")
     ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Measure briefly what would start, how long it takes, what does not fit.")
     ] = False,
+    address: Address = "local",
     as_json: AsJson = False,
 ) -> None:
     """Train with SAM while scorers keep every sample's difficulty fresh; leave a run folder."""
@@ -45,12 +66,23 @@ def run(
 
     check_packages()
     from deploy.config import RunConfig
-    from shared.config import read_config
+    from deploy.resume import settings_to_replay
+    from shared.config import make_config, read_config
+
+    if config is None and (replay is None or resume):
+        context.fail("Missing argument 'config'.")
+    if replay is not None:
+        settings = [*settings, f"run.replay={replay}", "scoring.mode=off"]
+
+    def read() -> RunConfig:
+        if config is None:
+            return make_config(RunConfig, settings_to_replay(str(replay)), settings)
+        return read_config(RunConfig, config, settings)
 
     if dry_run:
         from deploy.plan import plan, print_plan
 
-        planned = plan(read_config(RunConfig, config, settings))
+        planned = plan(read())
         if as_json:
             _print_json(planned)
         else:
@@ -63,12 +95,12 @@ def run(
     exit_at_once_on_signals()
     unfinished = None
     if resume:
-        found = find_resumable(config, settings)
+        found = find_resumable(str(config), settings)
         unfinished, resolved = found.run, found.config
     else:
-        resolved = read_config(RunConfig, config, settings)
+        resolved = read()
     try:
-        summary = driver.run(resolved, unfinished)
+        summary = driver.run(resolved, unfinished, address)
     except KeyboardInterrupt:
         typer.echo("steppe: interrupted; everything that the run started is ended; --resume goes on with it", err=True)
         raise typer.Exit(INTERRUPTED) from None
@@ -79,16 +111,65 @@ def run(
 
 
 @app.command()
+def submit(
+    config: Annotated[str, typer.Argument(help="A TOML file; it is read and checked here.")],
+    address: Annotated[str, typer.Option("--address", help="The cluster's dashboard, such as http://HEAD:8265.")],
+    settings: Annotated[list[str], typer.Option("--set", help="Override: section.key=value. May be repeated.")] = [],  # noqa: B006
+    working_dir: Annotated[
+        str | None, typer.Option("--working-dir", metavar="FOLDER", help="Sent along, such as your own modules.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in run.folder.")] = False,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Follow the job to its end.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """Run on a Ray cluster, as a job: follow its log and end with its exit code. Ctrl-C asks whether it is to stop."""
+    import dataclasses
+
+    from deploy.packages import check_packages
+
+    check_packages()
+    from deploy.submit import submit as submit_job
+
+    log = sys.stderr if as_json else sys.stdout
+    job = submit_job(config, settings, address, working_dir=working_dir, resume=resume, wait=wait, log=log)
+    if as_json:
+        _print_json(dataclasses.asdict(job))
+    else:
+        typer.echo(f"{job.submission_id} {job.status.lower()}")
+    if job.exit_code:
+        raise typer.Exit(job.exit_code)
+
+
+@app.command()
+def score(
+    config: Annotated[
+        str, typer.Argument(help="A TOML file; of its run.folder, where one is there, the run is gone on with.")
+    ],
+    settings: Annotated[list[str], typer.Option("--set", help="Override: section.key=value. May be repeated.")] = [],  # noqa: B006
+    address: Address = "local",
+) -> None:
+    """Score for a training of your own, until Ctrl-C: scorers follow the checkpoints that it publishes."""
+    from deploy.packages import check_packages
+
+    check_packages()
+    from deploy.score import score_until_stopped
+
+    score_until_stopped(config, tuple(settings), address)
+
+
+@app.command()
 def status(folder: RunFolder = None, root: Root = "runs", as_json: AsJson = False) -> None:
     """Coverage, ages, checkpoints and scorers of a running run."""
+    from deploy.client import scorers
+
     client = _client(folder, root)
-    stats, scorers = client.get("/v1/stats"), client.scorers()
+    stats, fleet = client.stats(), scorers(client)
     if as_json:
-        _print_json(stats | {"scorers": scorers})
+        _print_json(stats | {"scorers": fleet})
         return
     from deploy.progress import print_status
 
-    print_status(stats, scorers)
+    print_status(stats, fleet)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})  # so that -1 is a number with a clear error
@@ -98,24 +179,29 @@ def scale(
     root: Root = "runs",
     as_json: AsJson = False,
 ) -> None:
-    """Set the wanted number of scorers of a running run."""
-    answer = _client(folder, root).patch("/v1/scorers", {"replicas": replicas})
+    """Set the wanted number of scorers of a running run; that ends autoscaling until this attempt ends."""
+    answer = _client(folder, root).scale(replicas)
     if as_json:
         _print_json(answer)
     else:
         typer.echo(f"{answer['wanted']} scorers wanted, {answer['alive']} alive")
+        if reason := answer["autoscaler"]["reason"]:
+            typer.echo(reason)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def query(
     ids: Annotated[list[int], typer.Argument(help="Sample ids.")],
     measure: Annotated[str, typer.Option(help="adm, loss, margin, grad_norm ...; a wrong one lists all.")] = "adm",
+    max_age_versions: Annotated[int | None, typer.Option(min=0, help="Refuse scores of older checkpoints.")] = None,
+    max_age_s: Annotated[float | None, typer.Option(min=0, help="Refuse scores of more seconds ago.")] = None,
     folder: Annotated[str | None, typer.Option("--run", help=FOLDER_HELP)] = None,
     root: Root = "runs",
     as_json: AsJson = False,
 ) -> None:
     """The difficulty of samples, with how fresh it is."""
-    answer = _client(folder, root).post("/v1/scores:query", {"ids": ids, "measure": measure})
+    asked = {"ids": ids, "measure": measure, "max_age_versions": max_age_versions, "max_age_s": max_age_s}
+    answer = _client(folder, root).post("/v1/scores:query", asked)
     if as_json:
         _print_json(answer)
         return
@@ -151,12 +237,15 @@ def serve(
     root: Root = "runs",
     host: Annotated[str, typer.Option(help="Off loopback everything needs the run's token.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes any free one.")] = 7471,
+    cors: Annotated[
+        list[str], typer.Option("--cors", metavar="ORIGIN", help="A web page's origin that may ask. May be repeated.")
+    ] = [],  # noqa: B006
 ) -> None:
     """Answer questions about a run's scores over REST, without Ray; of a finished run too."""
     from deploy.client import find_run
     from deploy.serve import serve as serve_run
 
-    serve_run(find_run(folder, root), host, port)
+    serve_run(find_run(folder, root), host, port, cors)
 
 
 @app.command()
@@ -175,7 +264,9 @@ def runs(root: Root = "runs", as_json: AsJson = False) -> None:
 def export(
     folder: RunFolder = None,
     suspects: Annotated[bool, typer.Option("--suspects", help="The samples that look mislabelled.")] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="So many rows; default: all, of a table 20.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most so many rows; default: all, but 20 in a table.")
+    ] = None,
     form: Annotated[
         str | None,
         typer.Option("--format", help="table, csv, json, arrow or parquet; default: what FILE ends in, else table."),
@@ -264,15 +355,21 @@ def bench(
             help="recovery: kill -9 of the only scorer to rows of its successor. "
             "flat: what still tells samples apart when all losses have become small. "
             "store: commits, refreshes, folds and memory of the score store, beside the disk and other stores. "
-            "store-crash: kill -9 of its writer at random instants. store-load: readers beside writer and compactions."
+            "store-crash: kill -9 of its writer at random instants. store-load: readers beside writer and compactions. "
+            "rest: the REST service under load, beside bare Starlette (needs wrk). "
+            "scorers: one and two scorers beside the same loop without Ray. "
+            "controller: what it carries from simulated scorers, beside what its store takes in. "
+            "ranks: training in two workers beside one, at the same global batch. "
+            "sampler: what a batch of draws costs, up to 50 million samples."
         ),
     ],
     repeats: Annotated[
         int | None,
         typer.Option(
             min=1,
-            show_default="recovery 20, flat 12, store 200, store-crash 1000, store-load 60",
-            help="How often to measure; flat: along one training; store-load: seconds.",
+            show_default="recovery 20, flat 12, store 200, store-crash 1000, store-load 60, rest 5, scorers 7, "
+            "controller 5, ranks 5, sampler 5",
+            help="How often to measure; flat: along one training; store-load: seconds; ranks: seeds.",
         ),
     ] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="flat: draw it too, .png, .svg or .pdf.")] = None,
@@ -303,6 +400,8 @@ app.add_typer(store_cli.app)
 
 def main() -> None:
     """Entry point. A user's mistake ends in one line and exit code 1 (usage: 2), an interrupt in 130."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a script has it for what it starts with &
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         app()
     except SteppeError as error:
@@ -321,9 +420,9 @@ def main() -> None:
 
 
 def _client(folder: str | None, root: str) -> Any:
-    from deploy.client import RestClient, find_run
+    from deploy.client import client_of, find_run
 
-    return RestClient(find_run(folder, root))
+    return client_of(find_run(folder, root))
 
 
 def _print_json(content: dict[str, Any]) -> None:

@@ -41,8 +41,9 @@ def show(config: ConfigFile, settings: Settings = [], as_json: AsJson = False) -
 def validate(config: ConfigFile, settings: Settings = []) -> None:  # noqa: B006
     """Whether a run could be made of it: keys and values, the data set, and what of the training must fit it."""
     from deploy.config import RunConfig
-    from deploy.plan import local_dataset, untrainable
+    from deploy.plan import untrainable
     from shared.config import read_config
+    from shared.datasets import local_dataset
 
     resolved = read_config(RunConfig, config, settings)
     errors = []

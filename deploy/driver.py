@@ -2,9 +2,10 @@
 
 loop                      consumes                  produces              waits for           unblocked by
 ------------------------  ------------------------  --------------------  ------------------  -----------------
-trainer step (here)       ids                       weights               nothing of ours     -
-publisher thread (here)   a copy of the weights     a checkpoint          a publish request   every k steps
-score feed thread (here)  new store versions        an immutable view     refresh interval    time
+trainer step (here, or    ids                       weights               nothing of ours     -
+  Ray Train's workers)
+publisher thread (there)  a copy of the weights     a checkpoint          a publish request   every k steps
+score feed thread (there) new store versions        an immutable view     refresh interval    time
 scorer (actor, 0..n)      newest checkpoint, lease  score rows            a checkpoint;       publish
                                                                           a block to score
 commit thread             score rows                a store version       rows; interval      submit; time
@@ -12,7 +13,7 @@ commit thread             score rows                a store version       rows; 
 fleet thread (here)       the controller's          started and drained   tick                time
                           decisions                 scorers
 rest keeper (here)        the REST actor's end      a new one             tick                time
-state saver (here)        a copy of the state       train/state-*         a save request      each epoch
+state saver (there)       a copy of the state       train/state-*         a save request      each epoch
 REST (actor)              store, checkpoints,       answers               -                   -
                           controller
 """
@@ -27,8 +28,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy.cluster import end_processes, remove_ray_folder
+from deploy.cluster import IN_JOB, LOCAL, end_processes, remove_ray_folder
 from deploy.config import RunConfig
+from deploy.first_batch import check_first_batch
 from deploy.interrupts import Interrupts, interrupts
 from deploy.logs import logging_to
 from deploy.plan import untrainable
@@ -39,37 +41,38 @@ from deploy.scoring import Scoring, open_scoring
 from deploy.summary import summarise
 from deploy.tensorboard import Board, check_tensorboard
 from services.server import bind
-from shared.attempts import Attempt, begin
+from shared.attempts import count
 from shared.catalogue import Run
-from shared.checkpoints import CheckpointPublisher
 from shared.datasets import Dataset, load_dataset
-from shared.errors import CheckpointError, ConfigError, TrainingDiverged
+from shared.errors import ConfigError, TrainingDiverged
 from shared.events import Events
 from shared.storage import local_path
 
 if TYPE_CHECKING:
-    from trainer.config import TrainConfig
-    from trainer.loop import Progress, TrainResult
-    from trainer.state import SavedState
+    from deploy.training import Outcome, TrainerHere, TrainerOnRay
+    from trainer.loop import Progress
 
 
-def run(config: RunConfig, resumed: Run | None = None) -> dict[str, Any]:
+def run(config: RunConfig, resumed: Run | None = None, address: str = LOCAL) -> dict[str, Any]:
     """Train to the end with scorers beside; returns the summary. All processes are ended on the way out.
 
     Args:
         resumed: an unfinished run to go on with from its last saved state; else a new one begins.
+        address: of the Ray cluster; LOCAL starts one of the run's own.
     """
     began = time.perf_counter()
     if resumed is None:  # else its port may be held by what a killed driver left
         bind(config.rest.host, config.rest.port).close()
     if config.run.tensorboard:
         check_tensorboard()
+    check_folder_stays(config, in_job=IN_JOB in os.environ)
     dataset = load_dataset(config.data)
     _check_trainable(config, dataset)
-    if config.data.root is not None:  # scorers start in another folder
-        data = config.data.model_copy(update={"root": str(Path(config.data.root).expanduser().absolute())})
-        config = config.model_copy(update={"data": data})
-    opened = resumed or _create(config, dataset)
+    if config.run.replay is not None:
+        Run(config.run.replay).check_dataset(dataset.fingerprint)
+    check_first_batch(config, dataset)
+    config = rooted(config)
+    opened = resumed or create(config, dataset)
     check_fits(opened, config, dataset)
     with (
         # Ray prints what it hears of dead workers; stdout is for results.
@@ -77,7 +80,7 @@ def run(config: RunConfig, resumed: Run | None = None) -> dict[str, Any]:
         logging_to(opened.path, "driver"),
         interrupts() as interrupted,
         contextlib.ExitStack() as to_the_end,
-        _Session(config, opened, dataset, interrupted, to_the_end, is_resumed=resumed is not None) as session,
+        _Session(config, opened, dataset, interrupted, to_the_end, address, is_resumed=resumed is not None) as session,
     ):
         return session.train(began)
 
@@ -92,12 +95,13 @@ class _Session:
         dataset: Dataset,
         interrupted: Interrupts,
         to_the_end: contextlib.ExitStack,
+        address: str,
         *,
         is_resumed: bool,
     ) -> None:
         """`to_the_end` holds what must last longer than the session."""
         self._config, self._run, self._dataset, self._interrupted = config, opened, dataset, interrupted
-        self._to_the_end = to_the_end
+        self._to_the_end, self._address = to_the_end, address
         self._is_resumed = is_resumed
         self._events = Events(opened.path)
         self._news = _News()
@@ -116,40 +120,50 @@ class _Session:
             self._runtime.update()
             self._run.create_token()
             self._interrupted.at_once = self._end_at_once
-            self._publisher = CheckpointPublisher(self._run.path, keep_last=self._config.train.keep_checkpoints)
-            stack.callback(self._close_publisher)
-            self._state, self._attempt = self._begin()
+            self._trainer = self._open_trainer()
+            stack.callback(self._trainer.close)
             self._stack = stack.pop_all()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        attempt = count(self._run.path)
         if isinstance(error, KeyboardInterrupt):
-            self._events.append("interrupted", attempt=self._attempt.attempt)
+            self._events.append("interrupted", attempt=attempt)
         elif isinstance(error, TrainingDiverged):
-            self._events.append("diverged", attempt=self._attempt.attempt, reason=str(error))
+            self._events.append("diverged", attempt=attempt, reason=str(error))
         elif error is not None:
-            self._events.append("failed", attempt=self._attempt.attempt, reason=f"{type(error).__name__}: {error}")
+            self._events.append("failed", attempt=attempt, reason=f"{type(error).__name__}: {error}")
         self._stack.close()
 
     def train(self, began: float) -> dict[str, Any]:
         """The summary of the whole run, which `began` so long ago (time.perf_counter); it is written, too."""
         with open_scoring(
-            self._config, self._run, self._dataset, self._publisher, self._runtime, self._say, self._interrupted.came
+            self._config,
+            self._run,
+            self._dataset,
+            self._trainer.publisher,
+            self._runtime,
+            self._say,
+            self._interrupted.came,
+            self._address,
         ) as scoring:
-            result = self._train(scoring)
+            outcome = self._train(scoring)
             self._news.pause()
-            self._close_publisher()
-        summary = summarise(self._run, result, self._publisher, scoring, self._config.scoring)
+            self._trainer.close()
+        summary = summarise(self._run, outcome, scoring.status(), self._config.scoring)
         summary["seconds"] = round(time.perf_counter() - began, 3)
         self._run.write("summary.json", summary)
         self._events.append("finished", step=summary["steps"], test_accuracy=summary["test_accuracy"])
         return summary
 
-    def _train(self, scoring: Scoring) -> "TrainResult":
-        from trainer.loop import train
-        from trainer.state import StateSaver
+    def _open_trainer(self) -> "TrainerHere | TrainerOnRay":
+        from deploy.training import TrainerHere, TrainerOnRay  # torch before Ray: the other way round MKL may not load
 
-        model = self._build_model()
+        if self._config.trainer.num_workers:
+            return TrainerOnRay(self._config, self._run, self._say)
+        return TrainerHere(self._config, self._run, self._dataset, self._say)
+
+    def _train(self, scoring: Scoring) -> "Outcome":
         self._interrupted.check()
         scoring.await_scorer()
         self._news.connect(scoring)
@@ -157,54 +171,10 @@ class _Session:
             show = self._watchers(stack)
             # From here on, the clean-up included, a signal raises nothing: the training stops between two steps.
             self._to_the_end.enter_context(self._interrupted.deferred())
-            result = train(
-                _train_config(self._config),
-                model,
-                self._dataset,
-                self._publisher,
-                scoring.scores,
-                show,
-                self._interrupted.came,
-                epoch_scorer=scoring.epoch_scorer,
-                saver=StateSaver(self._run.path, self._attempt.attempt),
-                resumed=self._state,
-            )
-        if not result.finished:
+            outcome = self._trainer.train(scoring, show, self._interrupted.came)
+        if not outcome.result.finished:
             raise KeyboardInterrupt
-        return result
-
-    def _begin(self) -> "tuple[SavedState | None, Attempt]":
-        """The state to go on from, None at a fresh start, and this attempt, recorded.
-
-        The weights of a resumed state are published at once: scorers and readers go on from them, and never back.
-        """
-        state = None
-        if self._is_resumed:
-            from trainer.state import load_newest_state
-
-            state = load_newest_state(self._run.path)
-        attempt = begin(
-            self._run.path,
-            fork_step=state.step if state else 0,
-            last_valid_version=state.model_version if state else 0,
-            first_version=self._publisher.next_version,
-        )
-        self._events.append("resumed" if self._is_resumed else "started", **dataclasses.asdict(attempt))
-        self._say(f"run {self._run.path}" + (f", resumed at step {attempt.fork_step}" if self._is_resumed else ""))
-        if state is not None and self._config.scoring.mode != "every_epoch":
-            model = self._build_model()
-            model.load_state_dict(state.content["model"])
-            self._publisher.publish(model, state.step)
-            self._publisher.flush()
-        return state, attempt
-
-    def _build_model(self) -> Any:
-        import torch
-
-        from shared.models import build_model
-
-        torch.manual_seed(self._config.train.seed)
-        return build_model(self._config.model, self._dataset)
+        return outcome
 
     def _watchers(self, stack: contextlib.ExitStack) -> "Callable[[Progress], None]":
         """What is told how the training goes: the display, the diary, and where wanted TensorBoard."""
@@ -226,12 +196,6 @@ class _Session:
         end_processes(self._run.path, 0)
         remove_ray_folder((self._run.runtime() or {}).get("ray_folder"))
         self._run.remove("runtime.json")
-
-    def _close_publisher(self) -> None:
-        try:
-            self._publisher.close()
-        except CheckpointError as error:
-            self._say(f"the last checkpoint is missing: {error}")
 
 
 class _News:
@@ -265,22 +229,34 @@ class _News:
         }
 
 
-def _train_config(config: RunConfig) -> "TrainConfig":
-    """In shadow mode scores are made and shown, and every sample is drawn alike."""
-    if config.scoring.mode != "shadow":
-        return config.train
-    curriculum = config.train.curriculum.model_copy(update={"name": "uniform", "guard": "none"})
-    return config.train.model_copy(update={"curriculum": curriculum})
+def rooted(config: RunConfig) -> RunConfig:
+    """`config` with an absolute data.root: scorers start in another folder."""
+    if config.data.root is None:
+        return config
+    data = config.data.model_copy(update={"root": str(Path(config.data.root).expanduser().absolute())})
+    return config.model_copy(update={"data": data})
 
 
-def _create(config: RunConfig, dataset: Dataset) -> Run:
+def create(config: RunConfig, dataset: Dataset, *, is_trained_here: bool = True) -> Run:
+    """The folder of a new run."""
     return Run.create(
         _folder(config),
         dataset_fingerprint=dataset.fingerprint,
         train=dataset.train,
         config=config.model_dump(mode="json"),
         scoring_id=config.scoring.scoring_id,
+        is_trained_here=is_trained_here,
     )
+
+
+def check_folder_stays(config: RunConfig, *, in_job: bool) -> None:
+    """Raises ConfigError for a run folder that would go with a job's temporary folder."""
+    name, folder = ("run.folder", config.run.folder) if config.run.folder else ("run.root", config.run.root)
+    if in_job and not Path(folder).is_absolute() and "://" not in folder:
+        raise ConfigError(
+            f"{name} is {folder!r}, which a cluster job takes as a part of its temporary folder; set it to an absolute "
+            "path that all hosts share"
+        )
 
 
 def _check_trainable(config: RunConfig, dataset: Dataset) -> None:
@@ -297,4 +273,4 @@ def _folder(config: RunConfig) -> Path:
     if config.run.folder:
         return local_path(config.run.folder)
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    return local_path(config.run.root) / f"{config.data.name}-{stamp}-{os.getpid()}"
+    return local_path(config.run.root) / f"{config.data.name.replace(':', '.')}-{stamp}-{os.getpid()}"

@@ -59,7 +59,7 @@ class EveryEpoch:
         self._worker = Worker(
             SCORER_ID,
             str(run.path),
-            _Leases(self._controller),
+            LocalLeases(self._controller),
             dataset.train.batch,
             model,
             build_attack(scoring.attack),
@@ -180,7 +180,7 @@ def _view(state: dict[str, Any], left_behind: Ranges) -> ScoreView:
     return ScoreView(**_arrays(state) | {"abandoned": left_behind}).frozen()
 
 
-class _Leases:
+class LocalLeases:
     """The controller's leases for a scorer in the same process: answers that are there at once."""
 
     def __init__(self, controller: Controller) -> None:

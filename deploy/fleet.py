@@ -4,12 +4,14 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import ray
 
 from deploy.actors import Handle, RemoteFleet, ask
+from deploy.placement import draining_nodes, missing, needs_of
+from scorer.config import ScoringConfig
 from services.controller import Decision, Drain, Start
 from shared.errors import ServiceError
 from shared.events import Events
@@ -26,10 +28,10 @@ LONGEST_START_S = 20.0  # a scorer that takes longer is reported
 @dataclasses.dataclass
 class _Scorer:
     handle: Handle
-    ready: "ray.ObjectRef[int]"
+    ready: "ray.ObjectRef[tuple[int, str]]"
     done: "ray.ObjectRef[int]"
     launched: float  # monotonic
-    is_up: bool = False
+    node_id: str = ""  # once it is up
     drained_by: float | None = None  # monotonic deadline once it is told to go
 
 
@@ -40,7 +42,7 @@ class Fleet:
 
     Args:
         start: makes the actor of a scorer's id.
-        needs: Ray's resources of one scorer, such as {"CPU": 0.25}.
+        scoring: what one scorer needs, and where it may go.
         say: told, once each, what went wrong, in words for people.
         on_change: called when the controller answers from another process.
     """
@@ -49,17 +51,19 @@ class Fleet:
         self,
         controller: Handle,
         start: Callable[[str], Handle],
-        needs: Mapping[str, float],
+        scoring: ScoringConfig,
         say: Callable[[str], None],
         events: Events,
     ) -> None:
         self._controller = controller
         self._start = start
-        self._needs = {name: amount for name, amount in needs.items() if amount > 0}
+        self._needs = needs_of(scoring)
+        self._labels = (scoring.labels, *scoring.fallback_labels) if scoring.labels else ()
         self._say = say
         self._events = events
         self.on_change: Callable[[], None] = lambda: None
         self._said: set[str] = set()
+        self._waiting = ""  # why scorers that were started are not up
         self._scorers: dict[str, _Scorer] = {}
         self._started = 0
         self._failures = 0  # of scorers that never scored, in a row
@@ -76,14 +80,8 @@ class Fleet:
         return self.status.get("pid")
 
     def lacking(self) -> str | None:
-        """What one scorer needs and this cluster does not have at all; None when it could be placed."""
-        there: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
-        missing = [
-            f"{n:g} {name} (there are {there.get(name, 0):g})"
-            for name, n in self._needs.items()
-            if n > there.get(name, 0)
-        ]
-        return " and ".join(missing) or None
+        """What one scorer needs and no host of the cluster has at all; None when it could be placed."""
+        return missing(self._needs, self._labels, ray.nodes())  # type: ignore[no-untyped-call]
 
     def stop(self) -> None:
         """Drain all scorers, then end those that do not go within the drain timeout. Twice is fine."""
@@ -109,21 +107,22 @@ class Fleet:
         if time.monotonic() >= self._status_due:
             self._status_due = time.monotonic() + STATUS_INTERVAL_S
             self._update_status()
+            self._leave_draining_nodes()
             self._report_waiting()
         if not self._scorers:
             self._stop.wait(TICK_S)
 
     def _reap(self) -> None:
         """Wait up to a tick for a scorer to become ready or to end, and see which did."""
-        waiting = [scorer.done for scorer in self._scorers.values()]
-        waiting += [scorer.ready for scorer in self._scorers.values() if not scorer.is_up]
+        waiting: list[ray.ObjectRef[Any]] = [scorer.done for scorer in self._scorers.values()]
+        waiting += [scorer.ready for scorer in self._scorers.values() if not scorer.node_id]
         if waiting:
             ray.wait(waiting, num_returns=1, timeout=TICK_S)
         for scorer_id, scorer in list(self._scorers.items()):
-            if not scorer.is_up and _succeeded(scorer.ready):
-                scorer.is_up = True
+            if not scorer.node_id and _succeeded(scorer.ready):
+                pid, scorer.node_id = ray.get(scorer.ready)
                 self.first_scorer.set()
-                self._events.append("scorer_up", scorer_id=scorer_id, pid=ray.get(scorer.ready))
+                self._events.append("scorer_up", scorer_id=scorer_id, pid=pid, node_id=scorer.node_id)
             overdue = scorer.drained_by is not None and time.monotonic() > scorer.drained_by
             if _is_done(scorer.done) or overdue:
                 self._remove(scorer_id, scorer)
@@ -132,7 +131,8 @@ class Fleet:
         del self._scorers[scorer_id]
         ray.kill(scorer.handle)
         if scorer.drained_by is not None:
-            self._events.append("scorer_down", scorer_id=scorer_id, reason="drained")
+            if scorer.node_id:  # else it never was up
+                self._events.append("scorer_down", scorer_id=scorer_id, reason="drained")
             return
         try:
             ray.get(scorer.done, timeout=0)
@@ -152,7 +152,7 @@ class Fleet:
     def _carry_out(self) -> None:
         alive = tuple(i for i, scorer in self._scorers.items() if scorer.drained_by is None)
         try:
-            decisions: list[Decision] = ask(self._controller.decide.remote(alive))
+            decisions: list[Decision] = ask(self._controller.decide.remote(alive, self._waiting))
         except ServiceError as error:
             logger.debug("no decisions now: %s", error)
             return
@@ -175,12 +175,20 @@ class Fleet:
             scorer = self._scorers[scorer_id]
             if scorer.drained_by is not None:
                 continue
-            if scorer.is_up:
+            if scorer.node_id:
                 scorer.drained_by = time.monotonic() + DRAIN_TIMEOUT_S
                 scorer.handle.drain.remote()
             else:  # it holds no lease yet, and would hear of it only once it is up
                 scorer.drained_by = time.monotonic()
                 ray.kill(scorer.handle)
+
+    def _leave_draining_nodes(self) -> None:
+        """Scorers of hosts that are about to go hand in what they have, and others start elsewhere."""
+        going = draining_nodes()
+        leaving = [i for i, one in self._scorers.items() if one.node_id in going and one.drained_by is None]
+        if leaving:
+            self._report(f"a host is about to go, its scorers leave it: {', '.join(leaving)}")
+            self._drain(tuple(leaving))
 
     def _update_status(self) -> None:
         pid = self.controller_pid
@@ -196,16 +204,17 @@ class Fleet:
             self.on_change()
 
     def _report_waiting(self) -> None:
-        """Say when scorers wait for long, such as for resources that others hold."""
+        """Say when scorers wait for long, such as for resources that others hold; the controller tells who asks."""
         now = time.monotonic()
-        waiting = [one for one in self._scorers.values() if not one.is_up and now - one.launched > LONGEST_START_S]
+        waiting = [one for one in self._scorers.values() if not one.node_id and now - one.launched > LONGEST_START_S]
+        self._waiting = ""
         if waiting:
             free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
             needs = ", ".join(f"{n:g} {name} ({free.get(name, 0):g} free)" for name, n in self._needs.items())
-            self._report(
-                f"{len(waiting)} scorers wait to be placed or to start; one needs {needs or 'nothing'}",
-                kind=f"{len(waiting)} wait",
-            )
+            lacking = self.lacking()
+            who = "1 scorer waits" if len(waiting) == 1 else f"{len(waiting)} scorers wait"
+            self._waiting = f"{who} to be placed or to start; one needs {lacking or needs or 'nothing'}"
+            self._report(self._waiting, kind=who)
 
     def _report(self, problem: str, kind: str = "") -> None:
         if (kind or problem) not in self._said:  # a problem that stays is said once

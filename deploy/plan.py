@@ -14,12 +14,11 @@ from deploy.config import RunConfig
 from deploy.doctor import ray_cpus, why_unwritable
 from deploy.progress import print_facts
 from services.server import bind
-from shared.config import DataConfig
-from shared.datasets import FETCHED, Dataset, fetched, load_dataset
-from shared.errors import ConfigError, DatasetMissing
+from shared.datasets import Dataset, local_dataset
+from shared.errors import ConfigError
 from shared.freshness import DEFAULT_BOUND_PASSES, DEFAULT_BOUND_VERSIONS
 from shared.storage import local_path
-from trainer.config import CurriculumConfig
+from trainer.config import CurriculumConfig, batch_misfit
 
 if TYPE_CHECKING:
     import torch
@@ -176,20 +175,6 @@ def print_plan(plan: dict[str, Any]) -> None:
         write(f"  - {text}\n")
 
 
-def local_dataset(config: DataConfig) -> Dataset:
-    """The data set as it is on this machine: with `download` what was fetched before, but nothing is fetched now."""
-    if not config.download or config.name not in FETCHED:
-        return load_dataset(config)
-    local = fetched(config)
-    try:
-        return load_dataset(local)
-    except DatasetMissing:
-        raise DatasetMissing(
-            f"{config.name} is not yet in {local.root}, where a run would fetch it to (data.download = true); start "
-            "the run, or put the files there"
-        ) from None
-
-
 def scorer_rate(config: RunConfig, dataset: Dataset, model: "nn.Module", device: "torch.device", threads: int) -> float:
     """Samples per second of one scorer. A batch is never larger than a block."""
     import torch
@@ -229,16 +214,9 @@ def trainer_rate(
 
 
 def untrainable(config: RunConfig, num_samples: int) -> list[str]:
-    """What of the batches does not fit the data."""
-    size = config.train.batch_size
-    if size > num_samples:
-        return [f"train.batch_size is {size}, but there are {num_samples} samples; set it to {num_samples} or less"]
-    if num_samples % size == 1:
-        return [
-            f"train.batch_size {size} leaves one of {num_samples} samples for the last batch, where BatchNorm has no "
-            "variance; choose another"
-        ]
-    return []
+    """What of the batches does not fit the data and the workers."""
+    misfit = batch_misfit(config.train.batch_size, num_samples, max(config.trainer.num_workers, 1))
+    return [misfit] if misfit else []
 
 
 def blocks_misfit(config: RunConfig, num_samples: int) -> list[str]:
@@ -256,16 +234,19 @@ def blocks_misfit(config: RunConfig, num_samples: int) -> list[str]:
 def scorers_misfit(config: RunConfig, cpus: int, gpus: int) -> list[str]:
     """Scorers that Ray, which has these CPUs and GPUs, could not place; they would wait for ever."""
     scoring, texts = config.scoring, []
+    count, what = scoring.replicas, "scoring.replicas"
+    if config.controller.autoscale.enabled:
+        count, what = config.controller.autoscale.max_replicas, "controller.autoscale.max_replicas"
     for key, each, there in (("scoring.cpus", scoring.cpus, cpus), ("scoring.gpus", scoring.gpus, gpus)):
         if each <= 0:
             continue
         # A part of a GPU is of one GPU; CPUs are one pool.
         fit = there * int(1 / each + 1e-9) if key == "scoring.gpus" and each < 1 else int(there / each + 1e-9)
-        if scoring.replicas > fit:
+        if count > fit:
             unit = key.removeprefix("scoring.").upper()[:3]
             texts.append(
-                f"scoring.replicas is {scoring.replicas} with {key} {each:g} each, but Ray has {there} {unit}s here: "
-                f"room for {fit}; set scoring.replicas to {fit} or {key} lower"
+                f"{what} is {count} with {key} {each:g} each, but Ray has {there} {unit}s here: "
+                f"room for {fit}; set {what} to {fit} or {key} lower"
             )
     return texts
 

@@ -80,13 +80,14 @@ class Display:
 
 def _facts(state: Mapping[str, Any]) -> str:
     return (
-        f"loss {_number(state['loss'], '.3f')}  accuracy {_number(state['accuracy'], '.3f')}  "
-        f"fresh {_number(state['fresh'], '.0%')}  median age {_number(state['median_age'], '.0f')} versions  "
-        f"scored {_number(state['samples_per_second'], ',.0f')}/s"
+        f"loss {number(state['loss'], '.3f')}  accuracy {number(state['accuracy'], '.3f')}  "
+        f"fresh {number(state['fresh'], '.0%')}  median age {number(state['median_age'], '.0f')} versions  "
+        f"scored {number(state['samples_per_second'], ',.0f')}/s"
     )
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
+    """`value` in that form; a dash for what is not known."""
     return "-" if value is None or math.isnan(value) else format(value, form)
 
 
@@ -97,20 +98,20 @@ def print_summary(summary: Mapping[str, Any]) -> None:
     scoring = summary["trainer_seconds_in_scoring"]
     share = overhead / summary["trainer_seconds_total"] if summary["trainer_seconds_total"] else 0.0
     rows = {
-        "test accuracy": f"{summary['test_accuracy']:.4f}",
+        "test accuracy": number(summary["test_accuracy"], ".4f"),
         "steps": f"{summary['steps']} in {summary['trainer_seconds_total']:.1f} s (run {summary['seconds']:.1f} s)",
         "checkpoints": f"{summary['model_versions_published']} published, {summary['model_versions_scored']} scored",
         "scores": f"{summary['scored_rows']} rows, coverage {summary['coverage']:.1%}, "
-        f"{_number(summary['scorer_samples_per_second'], ',.0f')} samples/s",
+        f"{number(summary['scorer_samples_per_second'], ',.0f')} samples/s",
         "draws fresh / stale / unscored": f"{shares} (stale beyond {summary['staleness_bound']} versions)",
-        "age of drawn scores": f"median {_number(summary['age_versions_p50'], '.0f')}, "
-        f"95 % {_number(summary['age_versions_p95'], '.0f')} versions",
-        "fidelity": f"mean {_number(summary['fidelity_mean'], '.3f')}, least {_number(summary['fidelity_min'], '.3f')} "
+        "age of drawn scores": f"median {number(summary['age_versions_p50'], '.0f')}, "
+        f"95 % {number(summary['age_versions_p95'], '.0f')} versions",
+        "fidelity": f"mean {number(summary['fidelity_mean'], '.3f')}, least {number(summary['fidelity_min'], '.3f')} "
         f"of {summary['audits']} audits",
         "trainer time in steppe": f"{overhead:.3f} s ({share:.2%})"
         + (f", and {scoring:.1f} s scoring" if scoring else ""),
-        "weights to first score": f"median {_number(summary['seconds_to_first_score_p50'], '.2f')} s, "
-        f"95 % {_number(summary['seconds_to_first_score_p95'], '.2f')} s",
+        "weights to first score": f"median {number(summary['seconds_to_first_score_p50'], '.2f')} s, "
+        f"95 % {number(summary['seconds_to_first_score_p95'], '.2f')} s",
         "quarantined rows": str(summary["quarantined_rows"]),
         "run folder": summary["run_folder"],
     }
@@ -126,26 +127,29 @@ def print_status(stats: Mapping[str, Any], scorers: Mapping[str, Any]) -> None:
 def status_facts(stats: Mapping[str, Any], scorers: Mapping[str, Any]) -> dict[str, str]:
     """A running run as people read it, name by value."""
     counts = stats["status"]
-    rate = _number(scorers["samples_per_second"], ",.0f")
+    rate = number(scorers["samples_per_second"], ",.0f")
     training = stats["training"]
     rows = {
         "run": stats["run_id"],
         "newest checkpoint": f"version {stats['newest_model_version']}, step {stats['newest_step']}",
         "last epoch": f"{training['epoch'] + 1}, step {training['step']}/{training['steps']}, "
-        f"loss {training['loss']:.3f}, accuracy {training['accuracy']:.4f}"
+        f"loss {training['loss']:.3f}, accuracy {number(training['accuracy'], '.4f')}"
         if training
         else "-",
         "scores": f"{stats['scored_rows']} rows, coverage {stats['coverage']:.1%}, {rate} samples/s",
         "fresh / stale / unscored": f"{counts['fresh']} / {counts['stale']} / {counts['unscored']} "
         f"(stale beyond {stats['staleness_bound']} versions)",
-        "fidelity": _number((stats["fidelity"] or {}).get("latest"), ".3f"),
-        "age of scores": f"median {_number(stats['age_versions_p50'], '.0f')}, "
-        f"95 % {_number(stats['age_versions_p95'], '.0f')} versions",
+        "fidelity": number((stats["fidelity"] or {}).get("latest"), ".3f"),
+        "age of scores": f"median {number(stats['age_versions_p50'], '.0f')}, "
+        f"95 % {number(stats['age_versions_p95'], '.0f')} versions",
         "scorers": f"{scorers['alive']} alive, {scorers['wanted']} wanted",
         "quarantined rows": str(stats.get("quarantined_rows", "-")),
     }
-    if scorers["trouble"]:
-        rows["trouble"] = scorers["trouble"]
+    if reason := (scorers.get("autoscaler") or {}).get("reason"):
+        rows["autoscaler"] = reason
+    for name in ("waiting", "trouble"):
+        if scorers.get(name):
+            rows[name] = scorers[name]
     return rows
 
 

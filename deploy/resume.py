@@ -19,6 +19,7 @@ MAY_CHANGE = (  # they do not decide what is trained
     "controller.",
     "data.root",
     "data.download",
+    "trainer.",
     "train.device",
     "train.threads",
     "train.startup_wait_s",
@@ -28,6 +29,9 @@ MAY_CHANGE = (  # they do not decide what is trained
     "scoring.replicas",
     "scoring.cpus",
     "scoring.gpus",
+    "scoring.labels",
+    "scoring.fallback_labels",
+    "scoring.resources",
     "scoring.threads",
     "scoring.batch_size",
     "scoring.poll_interval_s",
@@ -53,12 +57,17 @@ def find_resumable(path: str, settings: Sequence[str] = ()) -> Resumable:
     else:
         config = read_config(RunConfig, path, settings)
         run = Run(config.run.folder) if config.run.folder else _newest_unfinished(config.run.root)
+    if not run.is_trained_here:
+        raise RunError(
+            f"{run.path} is trained by a loop of your own, which goes on with its own script; to score for it: "
+            "steppe score CONFIG"
+        )
     state = run.state()
     if state == RunState.RUNNING:
         raise RunError(f"{run.path} is running; stop it first: steppe down {run.path}")
     if state == RunState.FINISHED or (run.path / "summary.json").exists():
         raise RunError(f"{run.path} is finished, its results are in summary.json; start a new run")
-    _check_settings(config, run.description["config"], run)
+    _check_settings(config, run)
     return Resumable(run, config)
 
 
@@ -71,6 +80,13 @@ def check_fits(run: Run, config: RunConfig, dataset: Dataset) -> None:
             f"{run.path} holds scores with scoring_id {found}, these settings make {config.scoring.scoring_id}: the "
             "attack is another; resume with the same, or start a new run"
         )
+
+
+def settings_to_replay(folder: str) -> dict[str, Any]:
+    """Those of the run in `folder`, for a new one beside it. Raises RunError when they are not understood."""
+    settings = _known_settings(Run(folder))
+    place = {key: value for key, value in settings.get("run", {}).items() if key != "folder"}
+    return settings | {"run": place, "scoring": settings.get("scoring", {}) | {"delay_versions": 0}}
 
 
 def clear_leftovers(run: Run) -> int:
@@ -95,14 +111,13 @@ def _known_settings(run: Run) -> dict[str, Any]:
 
 def _newest_unfinished(root: str) -> Run:
     for run in reversed(all_runs(root)):
-        if run.state() != RunState.RUNNING and not (run.path / "summary.json").exists():
+        if run.is_trained_here and run.state() != RunState.RUNNING and not (run.path / "summary.json").exists():
             return run
     raise RunError(f"no unfinished run in {Path(root).absolute()}; name its folder: steppe run FOLDER --resume")
 
 
-def _check_settings(config: RunConfig, started_with: dict[str, Any], run: Run) -> None:
-    _known_settings(run)
-    now, then = _flat(config.model_dump(mode="json")), _flat(started_with)
+def _check_settings(config: RunConfig, run: Run) -> None:
+    now, then = (_flat(one.model_dump(mode="json")) for one in (config, make_config(RunConfig, _known_settings(run))))
     for key in sorted(now.keys() | then.keys()):
         if now.get(key) != then.get(key) and not key.startswith(MAY_CHANGE):
             raise ConfigError(

@@ -6,15 +6,17 @@ Both ways open the same for the trainer (`Scoring`) and leave the same files; th
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from deploy.cluster import local_cluster, new_ray_folder
+from deploy.cluster import LOCAL, joined_cluster, local_cluster, new_ray_folder
 from deploy.config import RunConfig
+from deploy.packages import code_folder
 from deploy.runtime import RuntimeFile
 from shared.catalogue import Run
 from shared.checkpoints import CheckpointPublisher
 from shared.datasets import Dataset
-from shared.errors import ServiceError
+from shared.errors import ConfigError, ServiceError
 from shared.events import Events
 
 if TYPE_CHECKING:
@@ -51,23 +53,44 @@ def open_scoring(
     config: RunConfig,
     run: Run,
     dataset: Dataset,
-    publisher: CheckpointPublisher,
+    publisher: CheckpointPublisher | None,
     runtime: RuntimeFile,
     say: Say,
     stopped: Callable[[], bool],
+    address: str = LOCAL,
 ) -> Iterator[Scoring]:
-    """Scoring as `scoring.mode` says, with a REST service beside it; `runtime` is told where its processes are."""
-    if config.scoring.mode == "off":
-        from trainer.feed import NoScores
+    """Scoring as `scoring.mode` says, with a REST service beside it; `runtime` is told where its processes are.
 
-        yield Scoring(NoScores(run.num_samples), {}, dict)
+    Ray is up inside when scorers or trainer run under it: a cluster of the run's own, or the one at `address`.
+    `publisher` is that of a trainer in this process.
+    """
+    mode = config.scoring.mode
+    with contextlib.ExitStack() as stack:
+        if mode in ("async", "shadow") or config.trainer.num_workers:
+            stack.enter_context(_cluster(address, run, runtime, code_folder(config)))
+        if mode == "off":
+            from trainer.feed import NoScores
+
+            yield Scoring(NoScores(run.num_samples), {}, dict)
+        elif mode == "every_epoch":
+            if publisher is None:
+                raise ConfigError("scoring.mode every_epoch needs the trainer in this process")
+            yield stack.enter_context(_inside_training(config, run, dataset, publisher, runtime, say, stopped))
+        else:
+            yield stack.enter_context(_beside_training(config, run, publisher, runtime, say))
+
+
+@contextlib.contextmanager
+def _cluster(address: str, run: Run, runtime: RuntimeFile, code: Path | None) -> Iterator[None]:
+    if address != LOCAL:
+        runtime.update(ray_address=address)
+        with joined_cluster(address, run, code):
+            yield
         return
-    if config.scoring.mode == "every_epoch":
-        opened = _inside_training(config, run, dataset, publisher, runtime, say, stopped)
-    else:
-        opened = _beside_training(config, run, publisher, runtime, say)
-    with opened as scoring:
-        yield scoring
+    ray_folder = new_ray_folder()
+    runtime.update(ray_folder=str(ray_folder))  # before anything is there that a kill could leave behind
+    with local_cluster(ray_folder, run.path, run.description["run_id"]):
+        yield
 
 
 @contextlib.contextmanager
@@ -82,11 +105,9 @@ def _inside_training(
 ) -> Iterator[Scoring]:
     """Without Ray: scorer, controller and REST service are threads and objects of this process."""
     from deploy.every_epoch import EveryEpoch
-    from services.api import create_app, is_loopback
-    from services.server import Server
+    from deploy.serve import service
 
-    app = create_app(run, token=run.token(), loopback=is_loopback(config.rest.host))
-    server = Server(app, config.rest.host, config.rest.port)
+    server = service(run, config.rest)
     with contextlib.ExitStack() as stack:
         stack.callback(server.stop)
         url = server.start()
@@ -98,15 +119,12 @@ def _inside_training(
 
 @contextlib.contextmanager
 def _beside_training(
-    config: RunConfig, run: Run, publisher: CheckpointPublisher, runtime: RuntimeFile, say: Say
+    config: RunConfig, run: Run, publisher: CheckpointPublisher | None, runtime: RuntimeFile, say: Say
 ) -> Iterator[Scoring]:
-    """A Ray cluster of the run's own, with controller, scorers and REST service as actors; all ended on the way out."""
+    """Controller, scorers and REST service as actors; all ended on the way out."""
     from trainer.feed import ScoreFeed
 
     with contextlib.ExitStack() as stack:
-        ray_folder = new_ray_folder()
-        runtime.update(ray_folder=str(ray_folder))  # before anything is there that a kill could leave behind
-        stack.enter_context(local_cluster(ray_folder, run.path, run.description["run_id"]))
         fleet = stack.enter_context(_actors(config, run, runtime, say))
         feed = stack.enter_context(
             ScoreFeed(
@@ -115,7 +133,7 @@ def _beside_training(
                 config.train.curriculum.measure,
                 memory=config.train.curriculum.memory,
                 refresh_interval_s=config.train.curriculum.refresh_interval_s,
-                newest_version=lambda: publisher.newest_version,
+                newest_version=(lambda: publisher.newest_version) if publisher else None,
             )
         )
         yield Scoring(
@@ -134,11 +152,12 @@ def _actors(config: RunConfig, run: Run, runtime: RuntimeFile, say: Say) -> "Ite
 
     from deploy.actors import ControllerActor, RestActor, ScorerActor, ask
     from deploy.fleet import Fleet
+    from deploy.placement import ON_HEAD, scorer_options
     from deploy.rest import RestKeeper
 
     uri, scoring, events = str(run.path), config.scoring, Events(run.path)
     remote: Any = ray.remote  # its stubs do not know every option
-    controller: Handle = remote(num_cpus=0, max_restarts=-1)(ControllerActor).remote(
+    controller: Handle = remote(max_restarts=-1, **ON_HEAD)(ControllerActor).remote(
         uri,
         run.num_samples,
         scoring.scoring_id,
@@ -146,15 +165,13 @@ def _actors(config: RunConfig, run: Run, runtime: RuntimeFile, say: Say) -> "Ite
         wanted=scoring.replicas,
         measure=config.train.curriculum.measure,
     )
-    scorer = remote(num_cpus=scoring.cpus, num_gpus=scoring.gpus, max_concurrency=3)(ScorerActor)
-    rest = remote(num_cpus=0, max_concurrency=4)(RestActor)
+    scorer = remote(max_concurrency=3, **scorer_options(scoring))(ScorerActor)
+    rest = remote(max_concurrency=4, **ON_HEAD)(RestActor)
     with contextlib.ExitStack() as stack:
         stack.callback(_end, "controller", lambda: ask(controller.close.remote(), END_TIMEOUT_S), say)
-        needs = {"CPU": scoring.cpus, "GPU": scoring.gpus}
-        fleet = Fleet(controller, lambda name: scorer.remote(name, uri, config, controller), needs, say, events)
+        fleet = Fleet(controller, lambda name: scorer.remote(name, uri, config, controller), scoring, say, events)
         stack.callback(fleet.stop)
-        if ask(controller.status.remote(), ACTOR_TIMEOUT_S)["wanted"] != scoring.replicas:
-            ask(controller.set_wanted.remote(scoring.replicas))  # a wish of the last attempt does not bind this one
+        ask(controller.status.remote(), ACTOR_TIMEOUT_S)  # raises what keeps it from opening the score store
 
         def start_rest(port: int) -> "Handle":
             return rest.remote(uri, config.rest.model_copy(update={"port": port}), controller)

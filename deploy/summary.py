@@ -13,23 +13,20 @@ from shared.freshness import staleness_bound
 from shared.score_store import ScoreReader
 
 if TYPE_CHECKING:
-    from deploy.scoring import Scoring
+    from deploy.training import Outcome
     from scorer.config import ScoringConfig
-    from shared.checkpoints import CheckpointPublisher
-    from trainer.loop import TrainResult
 
 
-def summarise(
-    run: Run, result: "TrainResult", publisher: "CheckpointPublisher", scoring: "Scoring", config: "ScoringConfig"
-) -> dict[str, Any]:
-    """Shares are of all draws; ages are those of the draws, in versions; seconds are those of the last attempt.
+def summarise(run: Run, outcome: "Outcome", status: Mapping[str, Any], config: "ScoringConfig") -> dict[str, Any]:
+    """What came of the run; `status` is the controller's last.
+
+    Shares are of all draws; ages are those of the draws, in versions; seconds are those of the last attempt.
 
     Forward equivalents are passes of one sample through the network, a backward pass to the weights being two and one
     to the input one. Fidelity is the rank correlation of the scores in use with those of the newest weights.
     """
-    draws = result.sampler.draws
-    latency_50, latency_95 = first_score_latency(publisher.published_at, scoring.first_seen)
-    status = scoring.status()
+    result, draws = outcome.result, outcome.result.draws
+    latency_50, latency_95 = first_score_latency(outcome.published_at, outcome.first_seen)
     fidelity = status.get("fidelity") or {}
     stored = _stored(run)
     scored = stored["scored_rows"] + status.get("audited_rows", 0)
@@ -58,10 +55,10 @@ def summarise(
         "trainer_seconds_in_save": round(result.seconds_in_save, 6),
         "trainer_seconds_in_scoring": round(result.seconds_in_scoring, 6),
         "trainer_seconds_total": round(result.seconds, 6),
-        "checkpoints_failed": publisher.failed,
-        "checkpoints_superseded": publisher.skipped,
+        "checkpoints_failed": outcome.checkpoints_failed,
+        "checkpoints_superseded": outcome.checkpoints_superseded,
         "states_failed": result.states_failed,
-        "scores_unreadable": scoring.unreadable(),
+        "scores_unreadable": outcome.scores_unreadable,
         "run_folder": str(run.path),
     }
 

@@ -8,8 +8,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from deploy.client import RestClient
+from deploy.client import client_of, scorers
 from deploy.progress import status_facts
+from services.client import Client
 from shared.catalogue import Run, RunState
 from shared.errors import ServiceError
 
@@ -22,7 +23,7 @@ def watch(run: Run, interval_s: float, count: int | None) -> None:
     On a terminal the picture stays in place, elsewhere each follows the one before.
     """
     console = Console()
-    client = RestClient(run)
+    client = client_of(run)
     with Live(console=console, auto_refresh=False) if console.is_terminal else _Lines(console) as screen:
         shown = 0
         while True:
@@ -56,14 +57,14 @@ class _Lines:
         self._console.print(picture)
 
 
-def _picture(client: RestClient) -> Group:
-    stats, scorers = client.get("/v1/stats"), client.scorers()
-    events = client.get(f"/v1/events?limit={EVENTS_SHOWN}")
+def _picture(client: Client) -> Group:
+    stats, fleet_now = client.stats(), scorers(client)
+    events = client.get("/v1/events", limit=EVENTS_SHOWN)
     facts = Table.grid(padding=(0, 2))
-    for name, value in status_facts(stats, scorers).items():
+    for name, value in status_facts(stats, fleet_now).items():
         facts.add_row(Text(name, style="bold"), value)
     fleet = Table("scorer", "pid", "samples scored", "model version", box=None)
-    for one in scorers["scorers"]:
+    for one in fleet_now["scorers"]:
         fleet.add_row(one["scorer_id"], str(one["pid"]), f"{one['scored']:,}", str(one["model_version"]))
     happened = Table.grid(padding=(0, 2))
     for event in events["events"]:

@@ -13,6 +13,7 @@ Shapes: B samples, K classes, C, H, W of an image.
 """
 
 import contextlib
+import math
 from collections.abc import Iterator
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 
 from scorer.attacks import Attack
 from shared.errors import DataError
+from shared.models import logits
 
 
 def score_batch(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, attack: Attack) -> dict[str, Tensor]:
@@ -28,7 +30,7 @@ def score_batch(model: nn.Module, x_BCHW: Tensor, y_B: Tensor, attack: Attack) -
     Runs in eval mode and leaves the model (parameters, buffers, gradients, modes) and the global RNG as they were.
 
     Args:
-        model: takes (B, ...) inputs, returns logits (B, K).
+        model: takes (B, ...) inputs, returns logits (B, K) or something that has them as `logits`.
         x_BCHW: inputs inside `attack.clamp`, on the model's device.
         y_B: integer labels in 0..K-1.
         attack: `scorer.attacks.Fgsm` or `Pgd`.
@@ -106,7 +108,7 @@ def log_softplus(m_B: Tensor) -> Tensor:
 
 def _forward(model: nn.Module, x_BCHW: Tensor, num_labels: int) -> Tensor:
     """The model's logits (B, K), checked to be of as many classes as the labels need."""
-    logits_BK: Tensor = model(x_BCHW)
+    logits_BK = logits(model(x_BCHW))
     if logits_BK.dim() != 2 or len(logits_BK) != len(x_BCHW) or logits_BK.shape[1] < 2:
         shape = tuple(logits_BK.shape)
         raise DataError(f"the model gives logits of shape {shape}; needed is ({len(x_BCHW)}, K), K >= 2")
@@ -133,7 +135,8 @@ def _check_inputs(x_BCHW: Tensor, y_B: Tensor, attack: Attack) -> tuple[Tensor, 
     low, high = attack.clamp or (-largest, largest)
     least, most = (float(v) for v in torch.aminmax(x_BCHW.detach()))
     if not (low <= least and most <= high):  # also when one is NaN
-        raise DataError(f"inputs lie in [{least}, {most}], outside the clamp range [{low}, {high}]")
+        fix = "" if math.isnan(least) else "; bring them into it, or set scoring.attack.clamp to theirs, or to none"
+        raise DataError(f"inputs lie in [{least}, {most}], outside the clamp range [{low}, {high}]{fix}")
     return y_B, highest + 1
 
 

@@ -58,8 +58,9 @@ class LeaseSource(Protocol):
 
 def build_attack(config: AttackConfig) -> Attack:
     if config.name == "fgsm":
-        return Fgsm(config.epsilon, config.norm)
-    return Pgd(config.epsilon, config.steps, config.step_size or 2.5 * config.epsilon / config.steps, config.norm)
+        return Fgsm(config.epsilon, config.norm, config.valid)
+    step_size = config.step_size or 2.5 * config.epsilon / config.steps
+    return Pgd(config.epsilon, config.steps, step_size, config.norm, config.valid)
 
 
 class Worker:
@@ -73,7 +74,7 @@ class Worker:
     Args:
         scorer_id: its name with the controller.
         run_uri: the run folder with the checkpoint feed.
-        batches: x_BCHW in [0,1] and y_B of sample ids; may raise for samples that it cannot load.
+        batches: x_B... inside the attack's clamp range and y_B of sample ids; may raise for some of them.
         model: a network of the trainer's architecture; the worker's own.
         batch_size: samples per forward pass, as long as they fit into memory.
         poll_interval_s: how often an idle worker looks for a new checkpoint.

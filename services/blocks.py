@@ -105,7 +105,10 @@ class BlockTable:
         """The block that consists of these samples; None when they are not a whole block."""
         first = int(sample_ids[0]) if len(sample_ids) else -1
         block = int(self._block_of[first]) if 0 <= first < len(self._block_of) else -1
-        whole = block >= 0 and np.array_equal(np.sort(self.ids(block)), np.sort(sample_ids))
+        if block < 0:
+            return None
+        ids = self.ids(block)  # the order in which a lease gives them, and scorers hand them in
+        whole = np.array_equal(ids, sample_ids) or np.array_equal(np.sort(ids), np.sort(sample_ids))
         return block if whole else None
 
     def _expire(self, now: float) -> None:

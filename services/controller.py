@@ -20,11 +20,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from services.audit import Audit, comparable, fidelity
+from services.autoscaler import Autoscaler, checkpoints_after
 from services.blocks import BlockTable
 from services.config import ControllerConfig
 from services.passes import Passes
 from services.quarantine import Quarantine
 from shared.attempts import abandoned
+from shared.attempts import count as count_attempts
 from shared.errors import ConfigError, Fenced, ServiceError, SteppeError
 from shared.events import Events
 from shared.freshness import ABANDONED, age_versions
@@ -70,7 +72,7 @@ class Controller:
         run_uri: the run folder.
         num_samples: N.
         scoring_id: what makes rows comparable; the store's must be the same.
-        wanted: scorers to begin with; a restarted controller takes the last wish from the store.
+        wanted: scorers to begin with; a controller restarted within an attempt goes on with as many as there were.
         measure: that audits compare; `adm` in place of one that a row alone has no value of.
     """
 
@@ -87,10 +89,8 @@ class Controller:
         self._config = config
         self._run = Folder(local_path(run_uri))
         scores = self._run.path / "scores"
-        left_behind, self._quarantine = (
-            abandoned(self._run.path),
-            Quarantine(self._run),
-        )  # may fail: before the takeover
+        left_behind = abandoned(self._run.path)  # this and the next may fail: before the takeover
+        self._quarantine = Quarantine(self._run)
         self._writer = ScoreWriter(scores, num_samples, scoring_id=scoring_id, retention=config.retention)
         self._blocks = BlockTable(num_samples, config.block_size, config.permutation_seed)
         reader = ScoreReader(scores)
@@ -99,14 +99,19 @@ class Controller:
         self._blocks.restore(np.where(is_abandoned_N, 0, version_N))
         self._events = Events(self._run.path)
         self._reports: collections.Counter[str] = collections.Counter(reader.metadata.get("reports", {}))
-        self._wanted = int(reader.metadata.get("wanted", wanted))
+        self._attempt = count_attempts(self._run.path)
+        of_attempt = reader.metadata if reader.metadata.get("attempt") == self._attempt else {}
+        self._wanted = int(of_attempt.get("wanted", wanted))
         logger.info("opened the score store at version %d, %d scorers wanted", self._writer.version, self._wanted)
         self._scorers: dict[str, dict[str, Any]] = {}
+        self._waiting = ""
         self._submitted: list[tuple[int, int, int]] = []  # lease, block, model_version of rows not yet committed
         self._work_pending = False  # rows, or notes, that are not committed
         self._passes = Passes(len(self._blocks), reader.metadata)
         self._audit = Audit(num_samples, config.audit_share, config.permutation_seed, reader.metadata.get("fidelity"))
         self._audit.pass_over(int(reader.metadata.get("newest_scored_version", 0)))  # its rows are in the store already
+        wish = self._wanted if of_attempt.get("wished") else None
+        self._autoscaler = Autoscaler(config.autoscale, num_samples, config.block_size, len(self._audit), wish)
         self._audit_timeout_s = config.lease_timeout_s * max(1.0, len(self._audit) / config.block_size)
         self._measure = measure if find_measure(measure).of_one_row else "adm"
         self._audit_reader: ScoreReader | None = None
@@ -150,7 +155,10 @@ class Controller:
             if not self._writer.rows:
                 self._audit.pass_over(model_version)
             audit = self._audit.lease(scorer_id, model_version, now, self._audit_timeout_s)
-            return audit or self._blocks.lease(scorer_id, model_version, now, self._config.lease_timeout_s)
+            lease = audit or self._blocks.lease(scorer_id, model_version, now, self._config.lease_timeout_s)
+            if lease is not None:
+                self._autoscaler.leased(scorer_id, lease.lease_id, now)
+            return lease
 
     def submit(
         self, scorer_id: str, lease_id: int, rows: pa.Table, failed: Mapping[int, str] = MappingProxyType({})
@@ -174,7 +182,7 @@ class Controller:
                 self._blocks.submitted(lease_id, block, scorer_id)
                 self._submitted.append((lease_id, block, version))
                 self._passes.scored(block, version)
-            self._count(scorer_id, rows.num_rows)
+            self._count(scorer_id, lease_id, rows.num_rows)
             self._wake()
         if is_audit:
             self._compare(rows, version)
@@ -194,12 +202,19 @@ class Controller:
 
     # -- driver ----------------------------------------------------------------------------------------------------
 
-    def decide(self, alive: tuple[str, ...]) -> list[Decision]:
-        """What to do about the scorers that the driver says are `alive` (starting ones included, draining ones not)."""
+    def decide(self, alive: tuple[str, ...], waiting: str = "") -> list[Decision]:
+        """What to do about the scorers that the driver says are `alive` (starting ones included, draining ones not).
+
+        Args:
+            waiting: why some of them are not up, for people.
+        """
+        self._autoscale()
         with self._lock:
             self._check()
+            self._waiting = waiting
             for gone in set(self._scorers) - set(alive):
                 self.release(gone)
+                self._autoscaler.forget(gone)
                 del self._scorers[gone]
             surplus = len(alive) - self._wanted
             if surplus < 0:
@@ -207,13 +222,14 @@ class Controller:
             return [Drain(alive[-surplus:])] if surplus > 0 else []
 
     def set_wanted(self, replicas: int) -> None:
-        """Raises ConfigError outside 0..1024."""
+        """Somebody's wish: it holds, and ends autoscaling in this attempt. Raises ConfigError outside 0..1024."""
         if not 0 <= replicas <= MAX_REPLICAS:
             raise ConfigError(f"replicas is {replicas}; it must lie in 0..{MAX_REPLICAS}")
         with self._lock:
-            self._wanted = replicas
+            before, self._wanted = self._wanted, replicas
+            self._autoscaler.wish(replicas)
             self._wake()
-        self._events.append("scaled", wanted=replicas)
+        self._events.append("scaled", wanted=replicas, before=before, reason="asked for")
 
     def status(self) -> dict[str, Any]:
         """Numbers for people and REST."""
@@ -221,6 +237,7 @@ class Controller:
             return {
                 "pid": os.getpid(),
                 "wanted": self._wanted,
+                "autoscaler": self._autoscaler.status(),
                 "scorers": [dict(scorer) for scorer in self._scorers.values()],
                 "blocks": len(self._blocks),
                 "leased": self._blocks.leased + self._audit.leased,
@@ -234,6 +251,7 @@ class Controller:
                 "fidelity": self._fidelity(),
                 "quarantined_rows": self._quarantine.count,
                 "reports": dict(self._reports),
+                "waiting": self._waiting or None,
                 "trouble": str(self._failure or self._trouble or "") or None,
             }
 
@@ -263,6 +281,29 @@ class Controller:
         self._check()
 
     # -- inside ----------------------------------------------------------------------------------------------------
+
+    def _autoscale(self) -> None:
+        """When it is time, look for new checkpoints, which needs files and so no lock, and decide."""
+        with self._lock:
+            now, newest = time.monotonic(), self._autoscaler.newest_version
+            if not self._autoscaler.is_due(now):
+                return
+        try:
+            news = checkpoints_after(self._run.path, newest)
+        except OSError as error:  # scorers report it too
+            logger.warning("the checkpoints cannot be listed, and %d scorers stay wanted: %s", self._wanted, error)
+            return
+        with self._lock:
+            if not self._autoscaler.is_on:  # somebody asked for a number meanwhile
+                return
+            self._autoscaler.published(news, now)
+            scaling = self._autoscaler.decide(self._wanted, self._blocks.oldest_version, now)
+            before, self._wanted = self._wanted, scaling.wanted
+            if scaling.wanted == before:
+                return
+            self._wake()
+        logger.info("%d scorers wanted after %d: %s", scaling.wanted, before, scaling.reason)
+        self._events.append("scaled", wanted=scaling.wanted, before=before, reason=scaling.reason)
 
     def _commit_loop(self) -> None:
         attempts_at_close = 0
@@ -303,7 +344,8 @@ class Controller:
                 self._work_pending = False
                 submitted = list(self._submitted)
                 notes = self._passes.notes() | {
-                    "wanted": self._wanted,
+                    **self._autoscaler.notes(self._wanted),
+                    "attempt": self._attempt,
                     "quarantined_rows": self._quarantine.count,
                     "audited_rows": self._audited_rows,
                     "reports": dict(self._reports),
@@ -383,7 +425,8 @@ class Controller:
         finite = _is_finite(rows)
         if not finite.all():
             self._put_in_quarantine(scorer_id, rows.filter(pa.array(~finite)), failed)
-        self._writer.append(rows.filter(pa.array(finite)))
+            rows = rows.filter(pa.array(finite))
+        self._writer.append(rows)
 
     def _wake(self) -> None:
         self._work_pending = True
@@ -399,8 +442,9 @@ class Controller:
         if self._failure is not None:
             raise ServiceError(f"the controller cannot commit any more: {self._failure}")
 
-    def _count(self, scorer_id: str, rows: int) -> None:
+    def _count(self, scorer_id: str, lease_id: int, rows: int) -> None:
         now = time.monotonic()
+        self._autoscaler.submitted(scorer_id, lease_id, rows, now)
         self._last_submit = now
         self._received += rows
         self._rates.append((now, rows))

@@ -63,6 +63,11 @@ def attempts(uri: str | os.PathLike[str]) -> list[Attempt]:
     return sorted(found, key=lambda one: one.attempt)
 
 
+def count(uri: str | os.PathLike[str]) -> int:
+    """How many attempts there are, without a look into them."""
+    return sum(name.startswith(PREFIX) and name.endswith(SUFFIX) for name in _folder(uri).names())
+
+
 def abandoned(uri: str | os.PathLike[str]) -> Ranges:
     """The versions of the run folder `uri` that no surviving attempt descends from."""
     ranges: list[tuple[int, int]] = []

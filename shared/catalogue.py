@@ -62,9 +62,20 @@ class Run:
 
     @classmethod
     def create(
-        cls, uri: Uri, *, dataset_fingerprint: str, train: Samples, config: dict[str, Any], scoring_id: str
+        cls,
+        uri: Uri,
+        *,
+        dataset_fingerprint: str,
+        train: Samples,
+        config: dict[str, Any],
+        scoring_id: str,
+        is_trained_here: bool = True,
     ) -> "Run":
-        """Make the folder of a new run. Raises RunError when it already holds one."""
+        """Make the folder of a new run. Raises RunError when it already holds one.
+
+        Args:
+            is_trained_here: by steppe's own trainer; else by a loop of the user's, beside `steppe score`.
+        """
         path = local_path(uri)
         try:
             folder = Folder(path).make()
@@ -75,6 +86,7 @@ class Run:
                 "num_samples": len(train),
                 "scoring_id": scoring_id,
                 "config": config,
+                "is_trained_here": is_trained_here,
             }
             taken = RunError(f"{path} already holds a run; choose another folder with --set run.folder=...")
             if "run.json" in folder.names():
@@ -90,8 +102,17 @@ class Run:
         return cls(path)
 
     @property
+    def is_trained_here(self) -> bool:
+        return bool(self.description.get("is_trained_here", True))
+
+    @property
     def num_samples(self) -> int:
         return int(self.description["num_samples"])
+
+    @property
+    def num_classes(self) -> int:
+        """K, by the samples' labels. Raises RunError when they cannot be read."""
+        return int(self.samples().column("label").to_numpy().max()) + 1
 
     def state(self) -> RunState:
         """Running, served, killed, finished or interrupted, by its files and the process that they name."""

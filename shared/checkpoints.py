@@ -8,6 +8,7 @@ A version is reserved by creating its folder, which only one process can do, so 
 Torch is imported by the functions that handle weights, so that a service can list checkpoints without it.
 """
 
+import atexit
 import contextlib
 import dataclasses
 import datetime
@@ -24,6 +25,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shared.attempts import begin
 from shared.errors import CheckpointCorrupt, CheckpointError, CheckpointGone, PerturbedWeights
 from shared.events import Events
 from shared.storage import Folder, local_path
@@ -61,13 +63,16 @@ class CheckpointPublisher:
     Args:
         uri: the run folder.
         keep_last: stable versions to keep; older ones are removed.
+        resumed_at: optimizer steps of the state that a training of the user's own goes on from, 0 for one from scratch
+            in a run that was trained in before. What was published after it is abandoned: its scores are stale
+            (`shared.attempts`).
 
     A version that cannot be written is counted in `failed` and does not stop the training.
 
     Raises: CheckpointError from `flush` and `close` when the last version could not be written.
     """
 
-    def __init__(self, uri: Uri, *, keep_last: int = 4, max_pending: int = 4) -> None:
+    def __init__(self, uri: Uri, *, keep_last: int = 4, max_pending: int = 4, resumed_at: int | None = None) -> None:
         if keep_last < 1 or max_pending < 1:
             raise CheckpointError(f"keep_last is {keep_last}, max_pending {max_pending}; both must be at least 1")
         self._folder = Folder(local_path(uri) / "checkpoints").make()
@@ -85,8 +90,16 @@ class CheckpointPublisher:
         self.published_at: dict[int, float] = {}  # when `publish` was called, by version (time.monotonic)
         last = newest(uri)
         self.newest_version = last.model_version if last else 0
+        if resumed_at is not None:
+            begin(
+                uri,
+                fork_step=resumed_at,
+                last_valid_version=_last_up_to(uri, resumed_at),
+                first_version=self._next_version,
+            )
         self._thread = threading.Thread(target=self._write_copies, name="publisher", daemon=True)
         self._thread.start()
+        atexit.register(self._close_at_exit)  # what a script published last is written
 
     def publish(self, model: "torch.nn.Module", step: int) -> int:
         """Reserve the next model_version, copy the weights and return it; `flush` waits until they are stable.
@@ -134,7 +147,12 @@ class CheckpointPublisher:
             self._closed = True
             self._copies.put(None)
             self._thread.join()
+            atexit.unregister(self._close_at_exit)
         self._raise_failure()
+
+    def _close_at_exit(self) -> None:
+        with contextlib.suppress(CheckpointError):  # it is in the log and in the run's events
+            self.close()
 
     def __enter__(self) -> "CheckpointPublisher":
         return self
@@ -202,6 +220,17 @@ def stable(uri: Uri, on_damaged: Callable[[int, Exception], None] = lambda *_: N
             on_damaged(int(name[1:]), error)
             continue
         yield checkpoint
+
+
+def _last_up_to(uri: Uri, step: int) -> int:
+    """The newest version of at most `step` optimizer steps; of those removed it is not known, and taken to be.
+
+    Of a training from scratch there is none.
+    """
+    if step < 1:
+        return 0
+    versions = {checkpoint.model_version: checkpoint.step for checkpoint in stable(uri)}
+    return max((version for version, at in versions.items() if at <= step), default=min(versions, default=1) - 1)
 
 
 def load(checkpoint: Checkpoint) -> "dict[str, torch.Tensor]":

@@ -8,17 +8,22 @@ import copy
 import datetime
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeGuard, TypeVar, get_args
+from typing import Any, Self, TypeGuard, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from shared.errors import ConfigError
 
 RESNET18_WIDTH = 64
 DEFAULT_IMAGE_SIZE = 64
+DATASETS = ("digits", "fashion_mnist", "mnist_5k", "cifar10", "cifar100", "image_folder")
+MODELS = ("small_cnn", "tiny_cnn", "resnet18")
+NAMED = ("data", "model")  # sections that their name alone may stand for
+IMPORT_PATH = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")
 
 
 class Config(BaseModel):
@@ -27,16 +32,46 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True, allow_inf_nan=False)
 
 
-class DataConfig(Config):
-    """Which images.
+class Named(Config):
+    """Something that steppe knows by its name, or the user's own by its import path. The name alone stands for all."""
+
+    name: str
+    args: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def is_own(self) -> bool:
+        """Whether `name` is an import path (`shared.own`)."""
+        return ":" in self.name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, given: object) -> object:
+        return {"name": given} if isinstance(given, str) else given
+
+    @model_validator(mode="after")
+    def _has_arguments_of_its_own(self) -> Self:
+        if self.args and not self.is_own:
+            raise ConfigError(f"args are {self.args}, but {self.name} takes none; they are for a function of your own")
+        return self
+
+
+class DataConfig(Named):
+    """Which images, or any other inputs.
 
     `root` is a folder of the data set's files where it has any; `image_size` is the side in pixels to which an
     image_folder's images are brought (default 64). `validation` holds out so many training images and evaluates on them
     instead of the test split; `subset` keeps the first n ids of the others. `label_noise` is the share of the training
     and validation labels that become another class, drawn by `noise_seed`.
+
+    Your own: `name` is "module:function", called with the role "train" or "score" and with `args`, for a map-style
+    Dataset of (x, label) either way; what is scored is not augmented. `adapter` ("module:function") makes (x_B..., y_B)
+    of a collated batch of it, such as a dictionary. `test` ("module:function") is called with the role "test"; without
+    it, and without `validation`, no accuracy is measured.
     """
 
-    name: Literal["digits", "fashion_mnist", "mnist_5k", "cifar10", "cifar100", "image_folder"] = "digits"
+    name: str = "digits"
+    adapter: str | None = None
+    test: str | None = None
     root: str | None = None
     download: bool = False
     image_size: int | None = Field(default=None, ge=8, le=1024)
@@ -44,6 +79,18 @@ class DataConfig(Config):
     subset: int | None = Field(default=None, ge=2)
     label_noise: float = Field(default=0.0, ge=0, le=0.9)
     noise_seed: int = Field(default=0, ge=0)
+
+    @field_validator("name")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        return _known("data.name", name, DATASETS)
+
+    @field_validator("adapter", "test")
+    @classmethod
+    def _is_a_path(cls, path: str | None, info: ValidationInfo) -> str | None:
+        if path is not None and not IMPORT_PATH.fullmatch(path):
+            raise ConfigError(f"data.{info.field_name} = {path!r}: must be an import path, 'module:function'")
+        return path
 
     @model_validator(mode="after")
     def _has_its_size(self) -> "DataConfig":
@@ -54,13 +101,30 @@ class DataConfig(Config):
             )
         return self
 
+    @model_validator(mode="after")
+    def _is_own_or_not(self) -> "DataConfig":
+        for key in ("root", "download") if self.is_own else ("adapter", "test"):
+            if value := getattr(self, key):
+                where = "give it to your function by data.args" if self.is_own else "it is for data of your own"
+                raise ConfigError(f"data.{key} is {value!r}, which {self.name} does not know; {where}")
+        return self
 
-class ModelConfig(Config):
+
+class ModelConfig(Named):
     """Which network; `width` is the number of channels of its first layer (default: 32, for tiny_cnn 16, for resnet18
-    64)."""
+    64).
 
-    name: Literal["small_cnn", "tiny_cnn", "resnet18"] = "small_cnn"
+    Your own: `name` is "module:function", called with `args` for a torch Module that gives logits (B, K), or something
+    that has `logits`.
+    """
+
+    name: str = "small_cnn"
     width: int | None = Field(default=None, ge=1, le=1024)
+
+    @field_validator("name")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        return _known("model.name", name, MODELS)
 
     @model_validator(mode="after")
     def _has_its_width(self) -> "ModelConfig":
@@ -68,7 +132,18 @@ class ModelConfig(Config):
             raise ConfigError(
                 f"model.width is {self.width}, but resnet18 always has {RESNET18_WIDTH}; set that, or leave it out"
             )
+        if self.is_own and self.width is not None:
+            raise ConfigError(
+                f"model.width is {self.width}, but {self.name} is your own; give it to your function by model.args"
+            )
         return self
+
+
+def _known(key: str, name: str, names: Sequence[str]) -> str:
+    if name not in names and not IMPORT_PATH.fullmatch(name):
+        known = ", ".join(repr(one) for one in names[:-1])
+        raise ConfigError(f"{key} = {name!r}: must be {known} or {names[-1]!r}, or your own as 'module:function'")
+    return name
 
 
 C = TypeVar("C", bound=Config)
@@ -118,6 +193,8 @@ def _apply(values: dict[str, Any], setting: str) -> None:
         value = text  # no setting is a date, but a folder may be named after one
     *sections, last = key.split(".")
     for section in sections:
+        if section in NAMED and isinstance(values.get(section), str):
+            values[section] = {"name": values[section]}
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ConfigError(f"--set {setting!r}: {section!r} is a value, not a section")

@@ -18,6 +18,7 @@ from shared.config import DEFAULT_IMAGE_SIZE, DataConfig
 from shared.errors import ConfigError, DataError, DatasetMissing
 from shared.idx import read_idx
 from shared.image_folder import LAYOUT, read_image_folder
+from shared.own import own_samples
 from shared.samples import Images, Samples, keys
 
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
@@ -29,7 +30,8 @@ FETCHED = {"fashion_mnist": "FashionMNIST/raw", "cifar10": "", "cifar100": ""}  
 class Dataset:
     """A training split, whose ids steppe speaks of, and the images that the model is evaluated on.
 
-    These are the test split or, with `data.validation`, images held out from the training split.
+    These are the test split or, with `data.validation`, images held out from the training split; of data of the user's
+    own there may be none.
     """
 
     name: str
@@ -45,6 +47,10 @@ class Dataset:
         digest.update(self.train.label_N.tobytes())
         return digest.hexdigest()[:32]
 
+    def for_training(self) -> "Dataset":
+        """With the training split as it is trained on, such as augmented by the user; this one is as it is scored."""
+        return dataclasses.replace(self, train=self.train.for_training())
+
     def pixel_statistics(self) -> tuple[list[float], list[float]]:
         """Mean and standard deviation per channel of the training pixels in [0,1]."""
         return self.train.pixel_statistics()
@@ -56,7 +62,7 @@ def load_dataset(config: DataConfig) -> Dataset:
     First the validation split is held out, then `subset` is taken, then labels are flipped: a validation set that is
     held out from noisy data is noisy too. The test split is always clean.
     """
-    dataset = _DATASETS[config.name](config)
+    dataset = Dataset(config.name, *own_samples(config)) if config.is_own else _DATASETS[config.name](config)
     if config.validation is not None:
         dataset = _hold_out(dataset, config.validation)
     if config.subset is not None:
@@ -73,6 +79,20 @@ def fetched(config: DataConfig) -> DataConfig:
     """The data set of `config` without fetching: where `data.download` puts it."""
     folder = Path(config.root or DOWNLOADS).expanduser() / FETCHED[config.name]
     return config.model_copy(update={"download": False, "root": str(folder)})
+
+
+def local_dataset(config: DataConfig) -> Dataset:
+    """As `load_dataset`, but nothing is fetched: with `data.download` what was fetched before."""
+    if not config.download or config.name not in FETCHED:
+        return load_dataset(config)
+    local = fetched(config)
+    try:
+        return load_dataset(local)
+    except DatasetMissing:
+        raise DatasetMissing(
+            f"{config.name} is not yet in {local.root}, where a run would fetch it to (data.download = true); start "
+            "the run, or put the files there"
+        ) from None
 
 
 def _hold_out(dataset: Dataset, count: int) -> Dataset:

@@ -7,6 +7,7 @@
     ├── StoreError                     the score store
     │   ├── StoreCorrupt               a file of the store is torn, altered or missing
     │   ├── StoreMismatch (ValueError) rows, sizes or formats that do not belong to this store
+    │   ├── NoSuchVersion              a store version that is not there yet, or not kept any more
     │   └── Fenced                     another writer took over
     ├── CheckpointError                the checkpoint feed
     │   ├── CheckpointCorrupt          weights that do not match their checksum
@@ -56,6 +57,10 @@ class StoreCorrupt(StoreError):
 
 class StoreMismatch(StoreError, ValueError):
     """Rows, sizes or formats that do not belong to this score store."""
+
+
+class NoSuchVersion(StoreError):
+    """A store version that is not there yet, or not kept any more."""
 
 
 class Fenced(StoreError):

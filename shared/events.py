@@ -38,7 +38,7 @@ class Events:
         controller_up                                            controller     pid
         scorer_up, scorer_down                                   the fleet      scorer_id, reason
         rest_up, rest_down                                       the fleet      url, reason
-        scaled                                                   controller     wanted
+        scaled                                                   controller     wanted, before, reason
     """
 
     def __init__(self, uri: str | os.PathLike[str]) -> None:

@@ -9,13 +9,13 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from shared.errors import DataError, DatasetMissing
-from shared.samples import Keys, Labels, Pixels, Samples, Selection
+from shared.samples import Keys, Labels, Pixels, Samples
 
 DECODERS = 4  # threads of one batch
 LAYOUT = "needed are root/train/CLASS/FILE and root/test/CLASS/FILE, or val instead of test"
@@ -61,13 +61,6 @@ class ImageFiles(Samples):
         if mode.startswith(("I", "F")):  # Pillow cuts them off at 255 without a word
             raise DataError(f"{path} has more than 8 bits per channel (mode {mode}); save it with 8")
         return image_HWC
-
-    def select(self, index: Selection) -> Self:
-        clean = None if self.clean_label_N is None else self.clean_label_N[index]
-        return dataclasses.replace(self, key_N=self.key_N[index], label_N=self.label_N[index], clean_label_N=clean)
-
-    def relabelled(self, label_N: Labels) -> Self:
-        return dataclasses.replace(self, label_N=label_N, clean_label_N=self.label_N)
 
     def content(self) -> Iterator[bytes]:
         """Paths and sizes of the files stand for what is in them."""

@@ -75,6 +75,8 @@ def gap(rows: Rows) -> Column:
     ln l or ln l + log_ratio, where ln l = ln softplus(m) is m to 5e-14 below m = -30.
     """
     margin, log_ratio = _floats(rows, "margin"), _floats(rows, "log_ratio")
+    if isinstance(margin, float) and max(abs(margin), abs(log_ratio)) < MAX_EXPONENT:  # one sample's, the quick way
+        return loss(rows) * np.expm1(log_ratio)
     log_loss = np.log(np.logaddexp(0.0, np.maximum(margin, -30.0))) + np.minimum(margin + 30.0, 0.0)
     larger: Floats = np.exp(log_loss + np.maximum(log_ratio, 0.0))
     return -np.sign(log_ratio) * larger * np.expm1(-np.abs(log_ratio))
@@ -145,7 +147,11 @@ def find_measure(name: str) -> Measure:
 
 
 def _floats(rows: Rows, name: str) -> Floats:
-    return np.asarray(rows[name], dtype=np.float64)
+    column: Any = rows[name]
+    if type(column) is not float:  # of one sample alone
+        column = np.asarray(column, dtype=np.float64)
+    floats: Floats = column
+    return floats
 
 
 def _sigmoid(value_N: Floats) -> Floats:

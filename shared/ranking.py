@@ -17,13 +17,15 @@ class Ranking:
     Ranks from different versions do not mix (measured: 0.82 against 0.93 rank correlation). Equal values share the mean
     of their ranks; the percentile is (rank + 1/2) / n, so that a version's percentiles have the mean 1/2.
 
-    Only what changed is sorted: a change of C values costs O(C log C + N), and all anew would be O(N log N).
+    Only what changed is sorted, and only versions that lose or gain samples are looked at: a change of C values costs
+    O(C log C) and a copy of N numbers. All anew would be O(N log N).
     """
 
     def __init__(self, num_samples: int) -> None:
         self._id_type = np.int32 if num_samples < 2**31 else np.int64
         self._sorted: dict[int, tuple[Ids, Floats]] = {}  # model_version -> ids and values of its samples, by value
         self._percentile_N = np.full(num_samples, np.nan)
+        self._version_N = np.full(num_samples, -1, dtype=np.int64)  # in which each is ranked; -1 in none
 
     def update(self, id_C: Ids, value_C: Floats, model_version_C: Ids) -> Floats:
         """The percentiles of all samples, shape [N], after those of `id_C` (no repeats) took these values.
@@ -41,16 +43,17 @@ class Ranking:
 
     def _removed(self, id_C: Ids) -> set[int]:
         """The versions that lose samples and keep others."""
-        is_changed_N = np.zeros(len(self._percentile_N), dtype=bool)
-        is_changed_N[id_C] = True
+        left = np.unique(self._version_N[id_C])
+        self._version_N[id_C] = -1
         fewer = set()
-        for version, (id_G, value_G) in list(self._sorted.items()):
-            stays_G = ~is_changed_N[id_G]
-            if not stays_G.any():
-                del self._sorted[version]
-            elif not stays_G.all():
+        for version in left[left >= 0].tolist():
+            id_G, value_G = self._sorted[version]
+            stays_G = self._version_N[id_G] == version
+            if stays_G.any():
                 self._sorted[version] = id_G[stays_G], value_G[stays_G]
                 fewer.add(version)
+            else:
+                del self._sorted[version]
         return fewer
 
     def _inserted(self, id_C: Ids, value_C: Floats, model_version_C: Ids) -> set[int]:
@@ -62,6 +65,7 @@ class Ranking:
         versions, first = np.unique(model_version_C[ranked], return_index=True)
         for version, mine in zip(versions.tolist(), np.split(ranked, first[1:]), strict=True):
             id_G, value_G = self._sorted.get(version, (np.zeros(0, dtype=self._id_type), np.zeros(0)))
+            self._version_N[id_C[mine]] = version
             at = np.searchsorted(value_G, value_C[mine])
             self._sorted[version] = np.insert(id_G, at, id_C[mine]), np.insert(value_G, at, value_C[mine])
         return set(versions.tolist())
@@ -87,4 +91,6 @@ def _percentiles(sorted_G: Floats) -> Floats:
     is_first_G[1:] = sorted_G[1:] != sorted_G[:-1]
     tie = np.flatnonzero(is_first_G)
     size = np.diff(np.append(tie, len(sorted_G)))
-    return np.repeat((tie + (size - 1) / 2 + 0.5) / len(sorted_G), size)
+    percentile_of_tie = (tie + (size - 1) / 2 + 0.5) / len(sorted_G)
+    percentile_G: Floats = percentile_of_tie[np.cumsum(is_first_G) - 1]  # np.repeat would keep other threads waiting
+    return percentile_G

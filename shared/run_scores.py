@@ -3,6 +3,7 @@
 import datetime
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -33,6 +34,15 @@ class RunScores:
 
     def __repr__(self) -> str:
         return f"<run {self.run.path}: {self.run.num_samples} samples, store version {self.scores.version}>"
+
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return self.run.path
+
+    @property
+    def num_samples(self) -> int:
+        return self.run.num_samples
 
     def refresh(self) -> int:
         """Move on to the newest store version and return it."""

@@ -23,7 +23,7 @@ Selection = slice | npt.NDArray[np.int64]
 
 
 class Samples(abc.ABC):
-    """What trainer, scorers and catalogue ask of N images, wherever the pixels are.
+    """What trainer, scorers and catalogue ask of N samples, wherever they are.
 
     `label_N` int64 in 0..num_classes-1; `clean_label_N` holds the labels before noise, None where there is none;
     `key_N` says where each image comes from; a pixel of `white` stands for 1.0.
@@ -34,6 +34,7 @@ class Samples(abc.ABC):
     white: int
     key_N: Keys
     clean_label_N: Labels | None
+    per_sample: ClassVar[tuple[str, ...]] = ()  # its own arrays of one entry per sample
     statistics_over: ClassVar[int | None] = None  # the statistics are of so many of the first images; None: of all
 
     @property
@@ -44,13 +45,23 @@ class Samples(abc.ABC):
     def pixels(self, index: npt.ArrayLike) -> Pixels:
         """uint8 (B, C, H, W) of the samples `index` (B,), a copy. Raises DataError for what cannot be decoded."""
 
-    @abc.abstractmethod
+    def for_training(self) -> Self:
+        """The samples as they are trained on; these are as they are scored."""
+        return self
+
     def select(self, index: Selection) -> Self:
         """These samples alone, in this order."""
+        arrays = {name: getattr(self, name) for name in ("label_N", "key_N", "clean_label_N", *self.per_sample)}
+        return self._replaced({name: array[index] for name, array in arrays.items() if array is not None})
 
-    @abc.abstractmethod
     def relabelled(self, label_N: Labels) -> Self:
         """The same images with noisy labels; those that they had become `clean_label_N`."""
+        return self._replaced({"label_N": label_N, "clean_label_N": self.label_N})
+
+    def _replaced(self, fields: dict[str, Any]) -> Self:
+        """This one, which is a dataclass, with other fields."""
+        other: Self = dataclasses.replace(self, **fields)  # type: ignore[type-var]
+        return other
 
     @abc.abstractmethod
     def content(self) -> Iterator[bytes]:
@@ -60,7 +71,7 @@ class Samples(abc.ABC):
         return len(self.label_N)
 
     def batch(self, ids: npt.ArrayLike) -> "tuple[torch.Tensor, torch.Tensor]":
-        """x_BCHW float32 in [0,1] and y_B int64 of `ids` (B,). Raises DataError for what cannot be decoded."""
+        """x_BCHW float32, pixels in [0,1], and y_B int64 of `ids` (B,). DataError for what cannot be decoded."""
         import torch
 
         index = np.asarray(ids, dtype=np.int64)
@@ -91,6 +102,7 @@ class Images(Samples):
     num_classes: int
     key_N: Keys = dataclasses.field(default_factory=lambda: keys("", ()))
     clean_label_N: Labels | None = None
+    per_sample: ClassVar[tuple[str, ...]] = ("pixels_NCHW",)
 
     def __post_init__(self) -> None:
         if not len(self.key_N):
@@ -102,19 +114,6 @@ class Images(Samples):
 
     def pixels(self, index: npt.ArrayLike) -> Pixels:
         return self.pixels_NCHW[np.asarray(index, dtype=np.int64)]
-
-    def select(self, index: Selection) -> Self:
-        clean = None if self.clean_label_N is None else self.clean_label_N[index]
-        return dataclasses.replace(
-            self,
-            pixels_NCHW=self.pixels_NCHW[index],
-            label_N=self.label_N[index],
-            key_N=self.key_N[index],
-            clean_label_N=clean,
-        )
-
-    def relabelled(self, label_N: Labels) -> Self:
-        return dataclasses.replace(self, label_N=label_N, clean_label_N=self.label_N)
 
     def content(self) -> Iterator[bytes]:
         yield f"{self.pixels_NCHW.shape} {self.white}".encode()

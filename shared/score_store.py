@@ -66,7 +66,7 @@ import numpy.typing as npt
 import orjson
 import pyarrow as pa
 
-from shared.errors import ConfigError, DataError, Fenced, StoreCorrupt, StoreError, StoreMismatch
+from shared.errors import ConfigError, DataError, Fenced, NoSuchVersion, StoreCorrupt, StoreError, StoreMismatch
 from shared.schema import SCORE_SCHEMA
 from shared.store_files import FRAGMENTS, SNAPSHOTS, Anchor, Manifest, NewPart, StoreFiles
 from shared.store_view import StoreView, column_array, last_rows, rows_with
@@ -157,6 +157,8 @@ class ScoreWriter:
         self._turn_lock, self._commit_lock = threading.Lock(), threading.Lock()
         self._compaction_lock = threading.Lock()
         self._compactor: threading.Thread | None = None
+        self._due = 1.0  # the debt at which the next compaction begins
+        self._needs_room = False
         self._state = "open"
         self._doubt: _Doubt | None = None
         self._reader = ScoreReader(uri)  # what cannot be read is not taken over
@@ -204,17 +206,20 @@ class ScoreWriter:
             None if metadata is None else orjson.loads(orjson.dumps(dict(metadata), option=orjson.OPT_SERIALIZE_NUMPY))
         )
         with self._turn():
+            self._make_room()
             with self._pending_lock:
                 pending, self._pending = self._pending, []
             try:
                 if not (pending and self._commit(pending, notes)) and notes not in (None, self._manifest.metadata):
                     self._advance(metadata=notes)
-            except BaseException:
+            except BaseException as error:
+                self._needs_room = isinstance(error, OSError)
                 with self._pending_lock:
                     self._pending = pending + self._pending
                 raise
+            self._needs_room = False
             version, debt = self._manifest.version, self._debt()
-            compactor = self._compacting() if debt >= 1 else None
+            compactor = self._compacting() if debt >= self._due else None
         if compactor is not None and debt >= MOST_DEBT:
             compactor.join()
         return version
@@ -227,6 +232,8 @@ class ScoreWriter:
         self._check_process()
         with self._compaction_lock:
             with self._turn():
+                with contextlib.suppress(OSError, StoreCorrupt):  # of an earlier version, which may be let go next
+                    self._collect()
                 self._retain()
                 self._collect()
                 manifest = self._manifest
@@ -235,6 +242,7 @@ class ScoreWriter:
                 with self._turn():
                     self._replace_by(snapshot)
                     self._collect()
+            self._due = 1.0
 
     def close(self) -> None:
         """Commit what is pending, wait for a compaction that goes on, and end. Twice is fine.
@@ -303,7 +311,9 @@ class ScoreWriter:
 
     def _fence(self) -> NoReturn:
         self._state = "fenced"
-        raise Fenced(f"another writer took over {self._store.path}; this one can commit no more")
+        raise Fenced(
+            f"another writer took over {self._store.path}; this one can commit no more: open a new one to take it back"
+        )
 
     def _take_over(self) -> Manifest:
         while True:
@@ -426,7 +436,8 @@ class ScoreWriter:
     def _compact_quietly(self) -> None:
         try:
             self.compact()
-        except (OSError, StoreError) as error:  # the rows are committed; compaction is tried again after a next commit
+        except (OSError, StoreError) as error:  # the rows are committed, and each try may read all of the store
+            self._due = self._debt() + 1
             logger.warning("the score store could not be compacted now: %s", error)
 
     def _fold(self, manifest: Manifest) -> NewPart:
@@ -458,6 +469,18 @@ class ScoreWriter:
         earlier = self._retention.kept(now.earlier, now.base_version, now.version)
         if earlier != now.earlier:
             self._advance(earlier=earlier)
+
+    def _make_room(self) -> None:
+        """After a commit that failed, perhaps on a full disk: remove what nothing needs.
+
+        Not while a compaction goes on, which does so too: what it is writing is not named yet.
+        """
+        if self._needs_room and self._compaction_lock.acquire(blocking=False):
+            try:
+                with contextlib.suppress(OSError, StoreCorrupt):
+                    self._collect()
+            finally:
+                self._compaction_lock.release()
 
     def _collect(self) -> None:
         if not self._store.collect(self._manifest, self._grace_s):
@@ -502,7 +525,7 @@ class ScoreReader:
 
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """The writer's notes at this version, such as the measured length of a scoring pass."""
+        """The writer's notes, such as how long a scoring pass took; of an earlier version perhaps newer ones."""
         return copy.deepcopy(self._view.manifest.metadata) if self._view.manifest else {}
 
     @property
@@ -512,9 +535,11 @@ class ScoreReader:
 
     @property
     def committed_at(self) -> datetime.datetime | None:
-        """When this version was committed (UTC)."""
+        """When this version was committed (UTC); None of an earlier one, unless it was the last before a compaction."""
         manifest = self._view.manifest
-        return datetime.datetime.fromisoformat(manifest.committed_at) if manifest and manifest.version else None
+        if not manifest or not manifest.version or not manifest.committed_at:
+            return None
+        return datetime.datetime.fromisoformat(manifest.committed_at)
 
     def refresh(self) -> int:
         """Move on to the newest version and return it; reads only what changed."""
@@ -530,19 +555,38 @@ class ScoreReader:
                 else:
                     return self._view.version
 
+    def is_newest(self) -> bool:
+        """Whether `refresh` would find nothing new. Raises as it does."""
+        return self._store.newest(self._view.manifest) is self._view.manifest
+
+    def pinned(self, version: int | None = None) -> "ScoreReader":
+        """Another reader, at `version` (default: this one's), of the files that this one has open.
+
+        Raises NoSuchVersion for one that is not there yet or no longer kept.
+        """
+        other = copy.copy(self)
+        other._view = self._at(version)
+        other._refresh_lock = threading.Lock()
+        return other
+
     def table(self, version: int | None = None) -> pa.Table:
         """The latest row of each scored sample, sorted by sample_id, at `version` (default: this reader's).
 
-        Raises StoreError for a version that is not there yet or no longer kept.
+        Raises NoSuchVersion for one that is not there yet or no longer kept.
         """
-        view = self._view
-        if version is not None and version != view.version:
-            view = self._at(version)
-        return view.latest().select(SCORE_SCHEMA.names)
+        return self._at(version).latest().select(SCORE_SCHEMA.names)
 
-    def snapshot(self) -> pa.Table:
-        """As `table()`, with `store_version`: the commit that brought each row."""
-        return self._view.latest()
+    def snapshot(self, since: int = 0) -> pa.Table:
+        """As `table()`, or `changes(since)`, with `store_version`: the commit that brought each row."""
+        return self._view.changed(since)
+
+    def row(self, sample_id: int) -> dict[str, Any] | None:
+        """The latest row of one sample by column, `scored_at` in microseconds since 1970; None where unscored.
+
+        The quickest way to one row. Raises DataError for an id outside 0..N-1.
+        """
+        self._check_id(sample_id)
+        return self._view.row_of(sample_id)
 
     def lookup(self, ids: npt.ArrayLike) -> pa.Table:
         """The latest rows of `ids`, in the order asked, repeats included; all but sample_id null where unscored.
@@ -550,13 +594,33 @@ class ScoreReader:
         Raises DataError for an id outside 0..N-1.
         """
         wanted = np.asarray(ids).reshape(-1)
-        self._check_ids(wanted)
+        self.check_ids(wanted)
         return self._view.rows_of(wanted.astype(np.int64)).select(SCORE_SCHEMA.names)
 
     def changes(self, since: int) -> pa.Table:
         """The latest rows of samples whose latest row came after store version `since`, sorted by sample_id."""
         latest = self._view.changed(since)
         return latest.select(SCORE_SCHEMA.names)
+
+    def values(self, ids: npt.NDArray[np.int64], columns: Sequence[str]) -> list[npt.NDArray[Any]]:
+        """Of each column the latest values of `ids` (B,), in the order asked; where unscored as in `dense`.
+
+        Raises DataError for an id outside 0..N-1.
+        """
+        self.check_ids(ids)
+        return self._view.values_of(ids, columns)
+
+    def _check_id(self, sample_id: int) -> None:
+        if not isinstance(sample_id, int | np.integer) or not 0 <= sample_id < self.num_samples:
+            raise DataError(f"sample_id {sample_id!r} is outside 0..{self.num_samples - 1}")
+
+    def check_ids(self, wanted: npt.NDArray[Any]) -> None:
+        """Raises DataError for an id outside 0..N-1."""
+        if len(wanted) and wanted.dtype.kind not in "iu":
+            raise DataError(f"sample ids are {wanted.dtype}; they must be integers in 0..{self.num_samples - 1}")
+        if len(wanted) and (wanted.min() < 0 or wanted.max() >= self.num_samples):
+            wrong = wanted[(wanted < 0) | (wanted >= self.num_samples)][0]
+            raise DataError(f"sample_id {wrong} is outside 0..{self.num_samples - 1}")
 
     def dense(self, column: str) -> npt.NDArray[Any]:
         """One column as an array of length N indexed by sample_id.
@@ -570,7 +634,7 @@ class ScoreReader:
 
         Raises DataError for an id outside 0..N-1.
         """
-        self._check_ids(np.asarray([sample_id]))
+        self._check_id(sample_id)
         view = self._view
         known, found = set(view.parts()), [view.rows_ever_of(sample_id)]
 
@@ -585,12 +649,12 @@ class ScoreReader:
         *_, kept = last_rows(column_array(rows, "model_version"), column_array(rows, "store_version"))
         return rows.take(pa.array(kept))
 
-    def _at(self, version: int) -> StoreView:
+    def _at(self, version: int | None) -> StoreView:
         view = self._view
+        if version is None or version == view.version:
+            return view
         if not 0 <= version <= view.version:
-            raise StoreError(
-                f"version {version} is not there; this reader is at version {view.version} (refresh() moves it on)"
-            )
+            raise NoSuchVersion(f"version {version} is not there; the newest that was read is version {view.version}")
         if version >= view.base_version:
             return view.at(version)
 
@@ -600,7 +664,7 @@ class ScoreReader:
         for newest, anchor in view.earlier():
             if anchor.first <= version <= anchor.last and (then := self._of_kept(anchor, newest, read)) is not None:
                 return then
-        raise StoreError(f"version {version} is no longer kept; raise keep_last or keep_every to keep more")
+        raise NoSuchVersion(f"version {version} is no longer kept; raise keep_last or keep_every to keep more")
 
     def _of_kept(self, anchor: Anchor, newest: Manifest, read: Callable[[Manifest], Answer]) -> Answer | None:
         """What `read` makes of an earlier manifest; None when it is not kept any more.
@@ -617,13 +681,6 @@ class ScoreReader:
                 return None
             raise StoreCorrupt.of(error.filename, "is named by a manifest and missing") from error
 
-    def _check_ids(self, wanted: npt.NDArray[Any]) -> None:
-        if len(wanted) and wanted.dtype.kind not in "iu":
-            raise DataError(f"sample ids are {wanted.dtype}; they must be integers in 0..{self.num_samples - 1}")
-        if len(wanted) and (wanted.min() < 0 or wanted.max() >= self.num_samples):
-            wrong = wanted[(wanted < 0) | (wanted >= self.num_samples)][0]
-            raise DataError(f"sample_id {wrong} is outside 0..{self.num_samples - 1}")
-
 
 def _conform(table: pa.Table | pa.RecordBatch, num_samples: int) -> pa.Table:
     rows = pa.Table.from_batches([table]) if isinstance(table, pa.RecordBatch) else table
@@ -635,8 +692,8 @@ def _conform(table: pa.Table | pa.RecordBatch, num_samples: int) -> pa.Table:
     ids = column_array(rows, "sample_id")
     if len(ids) and (ids.min() < 0 or ids.max() >= num_samples):
         raise StoreMismatch(f"sample ids {ids.min()}..{ids.max()} do not fit 0..{num_samples - 1}")
-    if len(ids) and column_array(rows, "model_version").min() < 0:
-        raise StoreMismatch("model_version is below 0")
+    if len(ids) and (lowest := column_array(rows, "model_version").min()) < 0:
+        raise StoreMismatch(f"model_version is {lowest}; it must be at least 0")
     return rows
 
 

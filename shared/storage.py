@@ -7,6 +7,7 @@ Durable means: there after a power cut. A file's content is, once it is synced; 
 after the name was made. Nothing is assumed of the order in which a disk keeps what was not synced.
 """
 
+import errno
 import os
 import re
 import secrets
@@ -33,7 +34,7 @@ def local_path(uri: str | os.PathLike[str]) -> Path:
     if not rest:
         return Path(text).resolve()
     if scheme != "file":
-        raise ConfigError(f"{text!r}: only local paths and file:// URIs can be used; mount {scheme}:// as a folder")
+        raise ConfigError(f"{text!r}: only local paths and file:// URIs can be used; choose a folder on a disk")
     parts = urlsplit(text)
     if parts.netloc not in ("", "localhost"):
         raise ConfigError(f"{text!r} names the host {parts.netloc!r}; a local file has three slashes: file:///folder")
@@ -53,6 +54,7 @@ def is_mappable(path: Path) -> bool:
     return kind in MAPPABLE_DISKS
 
 
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # what link says on FAT, and on object stores mounted as folders
 DRAFT = re.compile(r"\.draft-[0-9a-f]{16}")
 SPARES = 8
 
@@ -105,6 +107,13 @@ class Folder:
         except FileExistsError:
             if draft.stat().st_nlink == 1:  # 2 when NFS asked twice for the same link
                 return False
+        except OSError as error:
+            if error.errno in NO_LINKS:
+                raise ConfigError(
+                    f"{self.path} is on a file system without hard links ({error.strerror}), by which steppe's files "
+                    "appear whole and but once; use a folder on a local disk, or on NFS"
+                ) from error
+            raise
         finally:
             draft.unlink(missing_ok=True)
         self.sync()

@@ -143,7 +143,12 @@ class StoreFiles:
                     f"{self.path} holds scores with {key} {found[key]!r}, asked for {wanted[key]!r}; use a new run"
                 )
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, is_begun: bool = False) -> dict[str, Any]:
+        """What store.json says. Raises StoreError when there is no store, StoreCorrupt when it is damaged.
+
+        Args:
+            is_begun: that something was there which comes after that file.
+        """
         path = self.path / "store.json"
         try:
             description: dict[str, Any] = orjson.loads(self._root.read("store.json"))
@@ -151,8 +156,10 @@ class StoreFiles:
             if description["xxh3_128"] != _description_sum(description):
                 raise StoreCorrupt.of(path, "does not match its checksum")
         except FileNotFoundError:
-            if self._is_begun():
+            if is_begun:
                 raise StoreCorrupt.of(path, "is missing") from None
+            if self._is_begun():  # perhaps all of it came since
+                return self.describe(is_begun=True)
             raise StoreError(f"no score store at {self.path} yet; a run makes it when its scoring begins") from None
         except (StoreMismatch, StoreCorrupt):
             raise
@@ -174,7 +181,7 @@ class StoreFiles:
         Raises StoreCorrupt when manifests must have been there and are not: the store was half copied or removed, or an
         older copy was put in its place.
         """
-        gone = -1
+        gone, has_looked_again = -1, False
         while True:
             if not (generations := self.generations()):
                 if known is None and not self._is_begun():
@@ -183,6 +190,9 @@ class StoreFiles:
                     raise StoreCorrupt.of(self._manifests.path, "has no manifest")
                 continue
             if known is not None and generations[-1] < known.generation:
+                if not has_looked_again:  # a long listing is no one instant's
+                    has_looked_again = True
+                    continue
                 raise StoreCorrupt.of(self._manifests.path, f"has lost its generations from {known.generation} on")
             if known is not None and generations[-1] == known.generation:
                 return known

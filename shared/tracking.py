@@ -100,7 +100,11 @@ class Tracker:
         value_N = known.value_N.copy()
         value_N[id_C] = self._rule.show(rows)
         value_N.flags.writeable = False  # it is what the next update starts from
-        percentile_N = known.ranking.update(id_C, self._rule.rank(rows), column_array(changed, "model_version"))
+        try:
+            percentile_N = known.ranking.update(id_C, self._rule.rank(rows), column_array(changed, "model_version"))
+        except BaseException:  # it may be half changed: the next update begins anew
+            self._ranked = _Ranked(0, np.zeros(0), Ranking(0))
+            raise
         self._ranked = _Ranked(version, value_N, known.ranking)
         return value_N, percentile_N
 

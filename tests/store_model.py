@@ -24,6 +24,7 @@ from tests.rows import make_rows
 from tests.stores import Latest, latest
 
 N = 2
+VERSIONS_CHECKED = 8
 Row = tuple[int, int, float]  # sample_id, model_version, margin
 ROWS = st.lists(st.tuples(st.integers(0, 1), st.integers(1, 2), st.sampled_from([0.0, 1.0])), min_size=1, max_size=4)
 RETENTIONS = [Retention(keep_all=True), Retention(0), Retention(2), Retention(0, keep_every=3)]
@@ -103,7 +104,7 @@ class AgainstADict(RuleBasedStateMachine):
             self.history.append(now)
         self.rows |= {row[:2]: row[2] for row in self.pending}
         self.pending = []
-        self.check()
+        assert latest(ScoreReader(self.uri).table()) == self.history[-1]
 
     @rule(rows=ROWS, after=st.booleans())
     def commit_fails_at_its_manifest(self, rows: list[Row], after: bool) -> None:
@@ -119,6 +120,7 @@ class AgainstADict(RuleBasedStateMachine):
         with mock.patch.object(os, "link", fail), contextlib.suppress(OSError):
             self.writer.commit()
         self.commit()
+        self.check()
 
     @rule(old_acts=st.sampled_from([(), ("commit",), ("compact", "commit")]), sleeps=st.booleans())
     def reopen(self, old_acts: tuple[str, ...], sleeps: bool) -> None:
@@ -180,19 +182,21 @@ class AgainstADict(RuleBasedStateMachine):
         if hasattr(self, "reader"):
             assert latest(self.reader.table()) == self.history[self.seen]
 
+    @rule()
     def check(self) -> None:
-        """A new reader agrees with the model at every version, as far as retention says."""
+        """A new reader agrees with the model at any version, as far as retention says."""
         reader = ScoreReader(self.uri)
         newest = len(self.history) - 1
         assert reader.version == newest
         first_kept = max(newest - self.retention.keep_last, 0) if not self.retention.keep_all else 0
         kept = []
-        for version, expected in enumerate(self.history):
+        some = random.Random(newest).sample(range(newest + 1), min(newest + 1, VERSIONS_CHECKED))
+        for version in some:
             if self.is_right_or_not_kept(reader, version, first_kept):
                 kept.append(version)
             changes = latest(reader.changes(version))
             assert changes.items() <= self.history[-1].items()
-            assert changes.items() >= self.history[-1].items() - expected.items()
+            assert changes.items() >= self.history[-1].items() - self.history[version].items()
         for sample_id in range(N):
             table = reader.history(sample_id)
             rows = dict(zip(table["model_version"].to_pylist(), table["margin"].to_pylist(), strict=True))

@@ -11,10 +11,14 @@ from trainer.curriculum import find_curriculum
 
 
 class SamConfig(Config):
-    """Sharpness-aware minimisation; rho of the adaptive form (ASAM) is about ten times that of the plain one."""
+    """Sharpness-aware minimisation; rho of the adaptive form (ASAM) is about ten times that of the plain one.
+
+    With several workers each ascends by the gradient of its own part of the batch; with `sync_first` all by the same.
+    """
 
     rho: float = Field(default=0.05, ge=0, allow_inf_nan=False)
     adaptive: bool = False
+    sync_first: bool = False
 
 
 class CurriculumConfig(Config):
@@ -121,3 +125,41 @@ class TrainConfig(Config):
     augment: Literal["none", "flip", "crop", "crop_flip"] = "none"
     sam: SamConfig = SamConfig()
     curriculum: CurriculumConfig = CurriculumConfig()
+
+
+class TrainerConfig(Config):
+    """The trainer's processes: 0 workers are the driver's own process, without Ray Train; else Ray Train's.
+
+    Each worker asks Ray for `cpus` and `gpus`; with GPUs they speak by NCCL, else by gloo. `train.batch_size` is that
+    of all workers together. When one is lost, all begin again from the last saved state, up to `max_failures` times
+    (-1: always); what is lost to an announced preemption does not count. BatchNorm sees the whole batch, unless
+    `sync_batchnorm` is off.
+    """
+
+    num_workers: int = Field(default=0, ge=0, le=4096)
+    cpus: float = Field(default=1, gt=0)
+    gpus: float = Field(default=0, ge=0)
+    max_failures: int = Field(default=3, ge=-1)
+    sync_batchnorm: bool = True
+
+
+def batch_misfit(batch_size: int, num_samples: int, world_size: int) -> str | None:
+    """What of `train.batch_size` does not fit so many samples and ranks; None when all is well."""
+    if batch_size > num_samples:
+        return f"train.batch_size is {batch_size}, but there are {num_samples} samples; set it to {num_samples} or less"
+    if batch_size % world_size or batch_size < 2 * world_size:
+        return (
+            f"train.batch_size is {batch_size}, which {world_size} workers cannot share alike, 2 or more each; "
+            f"set it to a multiple of {world_size} from {2 * world_size} up, or trainer.num_workers to another"
+        )
+    if (rest := num_samples % batch_size) == 1:
+        return (
+            f"train.batch_size {batch_size} leaves one of {num_samples} samples for the last batch, where BatchNorm "
+            "has no variance; choose another"
+        )
+    if 0 < rest < 2 * world_size:
+        return (
+            f"train.batch_size {batch_size} leaves {rest} of {num_samples} samples for the last batch, fewer than 2 "
+            f"for each of {world_size} workers; choose another"
+        )
+    return None

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from trainer.config import CurriculumConfig
 
 Floats = npt.NDArray[np.float64]
+NUM_CLASSES = 10  # where nobody says how many
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Curriculum:
         num_classes: K; a label is less likely than chance where the loss is above ln K.
     """
 
-    def __init__(self, config: "CurriculumConfig", *, seed: int = 0, num_classes: int = 10) -> None:
+    def __init__(self, config: "CurriculumConfig", *, seed: int = 0, num_classes: int = NUM_CLASSES) -> None:
         self.measure, self.memory = config.measure, config.memory
         self._config = config
         self._weigh = find_curriculum(config.name)
@@ -103,7 +104,7 @@ class Curriculum:
             return self._weigh(self._order(percentile_N, self._seed), loss_N, progress, self._config)
 
 
-def find_policy(name: str, *, seed: int = 0, num_classes: int = 10, **settings: object) -> Curriculum:
+def find_policy(name: str, *, seed: int = 0, num_classes: int = NUM_CLASSES, **settings: object) -> Curriculum:
     """The curriculum `name` with settings as in the section `train.curriculum`. Raises ConfigError."""
     from shared.config import make_config
     from trainer.config import CurriculumConfig

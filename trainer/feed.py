@@ -132,7 +132,7 @@ class ScoreFeed:
     ) -> None:
         self.measure = measure
         self._tracker = Tracker(measure, memory)
-        self._run = local_path(uri)
+        self.run_path = local_path(uri)
         self._refresh_interval_s = refresh_interval_s
         self._published = newest_version
         self._seen_version = 0
@@ -171,12 +171,12 @@ class ScoreFeed:
                 raise
 
     def _refresh(self) -> None:
-        if self._published is None and (checkpoint := newest(self._run)):
+        if self._published is None and (checkpoint := newest(self.run_path)):
             self._seen_version = max(self._seen_version, checkpoint.model_version)
         if self._reader is None:
-            if not (self._run / "scores" / "store.json").exists():
+            if not (self.run_path / "scores" / "store.json").exists():
                 return
-            reader = ScoreReader(self._run / "scores")
+            reader = ScoreReader(self.run_path / "scores")
             if reader.num_samples != len(self._view.model_version_N):
                 raise SteppeError(
                     f"the store is of {reader.num_samples} samples, not {len(self._view.model_version_N)}"

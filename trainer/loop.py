@@ -1,6 +1,7 @@
 """The training loop: SAM over the curriculum's draws, publishing checkpoints as it goes.
 
-It reads scores through the sampler and writes checkpoints through the publisher; it waits for neither.
+It reads scores through the sampler and writes checkpoints through the publisher; it waits for neither. With several
+ranks every one of them runs this loop on its part of each batch; rank 0 alone reads scores, publishes, saves and tells.
 """
 
 import dataclasses
@@ -18,27 +19,30 @@ from torch.utils.data import BatchSampler
 from shared.checkpoints import CheckpointPublisher
 from shared.datasets import Dataset
 from shared.errors import ConfigError, StateError, TrainingDiverged
-from shared.models import place
+from shared.models import logits, place
 from shared.samples import Samples
 from trainer.augment import augment
-from trainer.config import TrainConfig
+from trainer.comm import ALONE, Comm
+from trainer.config import TrainConfig, batch_misfit
 from trainer.curriculum import Curriculum
+from trainer.draws import DrawLog, Recorded
 from trainer.feed import Scores
 from trainer.sam import SAM, sam_step
-from trainer.sampler import CurriculumSampler
+from trainer.sampler import CurriculumSampler, DrawCounts
 from trainer.state import SavedState, StateSaver
 
-LossFn = Callable[[Tensor, Tensor], Tensor]
+LossFn = Callable[[Any, Tensor], Tensor]
 
 EVALUATION_BATCH = 1024
 NEWS_INTERVAL_S = 0.2
+GO, STOP, DIVERGED = range(3)  # what the ranks agree on after each step: the highest counts
 
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where the training is. `loss` is the mean since the last news, `accuracy` the last evaluation's.
+    """Where the training is. `loss` is rank 0's mean since the last news, `accuracy` the last evaluation's.
 
-    `evaluated`: an epoch has just ended, and `accuracy` is its.
+    `evaluated`: an epoch has just ended, and `accuracy` and `loss`, the mean of all its draws, are its.
     """
 
     step: int
@@ -55,7 +59,8 @@ class TrainResult:
 
     Seconds are the trainer's wall clock: in all, in `publish`, in planning draws, in saving, in the epoch scorer.
     `forward_equivalents` is what the steps cost in forward passes of one sample, a backward pass being two: 6 per draw
-    for SAM, 3 at rho 0. `test_accuracy` is None when it was stopped before the first evaluation.
+    for SAM, 3 at rho 0. `test_accuracy` is None when it was stopped before the first evaluation, and
+    without samples to evaluate on.
     """
 
     steps: int
@@ -68,7 +73,7 @@ class TrainResult:
     seconds_in_save: float
     seconds_in_scoring: float
     states_failed: int
-    sampler: CurriculumSampler
+    draws: DrawCounts
 
 
 class EpochScorer(Protocol):
@@ -85,9 +90,10 @@ class EpochScorer(Protocol):
 
 def train(
     config: TrainConfig,
+    comm: Comm,
     model: nn.Module,
     dataset: Dataset,
-    publisher: CheckpointPublisher,
+    publisher: CheckpointPublisher | None,
     scores: Scores,
     on_progress: Callable[[Progress], None],
     stopped: Callable[[], bool] = lambda: False,
@@ -95,59 +101,75 @@ def train(
     epoch_scorer: EpochScorer | None = None,
     saver: StateSaver | None = None,
     resumed: SavedState | None = None,
+    draw_log: DrawLog | None = None,
+    recorded: Recorded | None = None,
 ) -> TrainResult:
-    """Train `model` on `dataset` to the end of its epochs and evaluate it on the test split; or until `stopped`.
+    """Train `model` on `dataset`, as it is for training, and evaluate it on the test split; or until `stopped`.
 
     The first checkpoint is published after `warmup_steps`, then every `publish_every_steps`, and the last at the end.
+    What ends the training at one rank, `stopped` or a loss that is not finite, ends it at all.
 
     Args:
+        comm: the ranks; `train.batch_size` is that of all of them together.
+        publisher: rank 0's; None at the others.
+        scores: where rank 0 finds them; `trainer.feed.NoScores` at the others.
         epoch_scorer: scores at the beginning of each epoch but the first; then only it and the end publish.
-        saver: is given the state as `TrainConfig` says.
+        saver: is given the state as `TrainConfig` says; rank 0's.
         resumed: the state to go on from, of a run with the same settings; its weights are published already.
+        draw_log: is told of what is drawn; rank 0's.
+        recorded: draws of another run to train on again; rank 0's.
 
     Raises: TrainingDiverged when the loss is not finite, ConfigError for settings that cannot work.
     """
-    training = _Training(config, model, dataset, publisher, scores, epoch_scorer, saver)
+    sampler = _build_sampler(
+        config, dataset.train, scores, comm, draw_log, recorded, ages_within_windows=epoch_scorer is None
+    )
+    training = _Training(config, comm, model, dataset, publisher, sampler, epoch_scorer, saver)
     if resumed is not None:
         training.load_state_dict(resumed.content)
-    sampler = training.sampler
-    batches = BatchSampler(sampler, config.batch_size, drop_last=False)
+    batches = BatchSampler(sampler, config.batch_size // comm.world_size, drop_last=False)
     began = last_news = time.perf_counter()
-    while sampler.epoch < config.epochs and not stopped():
+
+    def tell(progress: Progress) -> None:
+        if not training.has_diverged:
+            on_progress(progress)
+
+    halted = training.halted(stopped)
+    while sampler.epoch < config.epochs and not halted:
         epoch = sampler.epoch
         if epoch > 0 and sampler.position == 0:
             training.rescore()
-            if stopped():
+            if training.halted(stopped):
                 break  # perhaps in the middle of it
         for ids in batches:
             training.advance(ids)
             if time.perf_counter() - last_news > NEWS_INTERVAL_S:
                 last_news = time.perf_counter()
-                on_progress(training.progress(epoch))
-            if stopped():
+                tell(training.progress(epoch))
+            if halted := training.halted(stopped):
                 break
-        if sampler.epoch > epoch and not stopped():
+        if sampler.epoch > epoch and not halted:
             due = sampler.epoch % config.evaluate_every_epochs == 0 or sampler.epoch == config.epochs
-            if due:
-                training.evaluate(stopped)
-            on_progress(training.progress(epoch, evaluated=due and not stopped()))
+            evaluated = due and training.evaluate(stopped)
+            tell(training.epoch_progress(epoch, evaluated=evaluated))
+            halted = training.halted(stopped)
             training.save_if_due()
-    if saver is not None:
-        saver.close(training.state())
+    training.save_last()
     training.finish(stopped)
-    on_progress(training.progress(sampler.epoch if sampler.position else max(sampler.epoch - 1, 0)))
+    tell(training.progress(sampler.epoch if sampler.position else max(sampler.epoch - 1, 0)))
+    training.halted(stopped)
     return TrainResult(
         steps=training.step,
         finished=training.is_finished,
         test_accuracy=training.accuracy,
         forward_equivalents=(sampler.epoch * sampler.num_samples + sampler.position) * (6 if config.sam.rho else 3),
         seconds=time.perf_counter() - began,
-        seconds_in_publish=publisher.seconds,
+        seconds_in_publish=publisher.seconds if publisher is not None else 0.0,
         seconds_in_sampler=sampler.seconds,
         seconds_in_save=training.seconds_in_save,
         seconds_in_scoring=training.seconds_in_scoring,
         states_failed=saver.failed if saver is not None else 0,
-        sampler=sampler,
+        draws=sampler.draws,
     )
 
 
@@ -157,29 +179,31 @@ class _Training:
     def __init__(
         self,
         config: TrainConfig,
+        comm: Comm,
         model: nn.Module,
         dataset: Dataset,
-        publisher: CheckpointPublisher,
-        scores: Scores,
+        publisher: CheckpointPublisher | None,
+        sampler: CurriculumSampler,
         epoch_scorer: EpochScorer | None,
         saver: StateSaver | None,
     ) -> None:
         num_samples = len(dataset.train)
-        if num_samples % config.batch_size == 1:
-            raise ConfigError(
-                f"train.batch_size {config.batch_size} leaves one of {num_samples} samples for the last batch, where "
-                "BatchNorm has no variance; choose another"
-            )
+        if reason := batch_misfit(config.batch_size, num_samples, comm.world_size):
+            raise ConfigError(reason)
         self.device = pick_device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         self.model = place(model, self.device).train()
+        self._parallel = comm.parallel(self.model)
+        if comm.rank:
+            torch.manual_seed(config.seed + comm.rank)
         self.steps = config.epochs * math.ceil(num_samples / config.batch_size)
         self.step = 0
         self.accuracy: float | None = None
-        self.sampler = _build_sampler(config, dataset.train, scores, ages_within_windows=epoch_scorer is None)
-        self._config = config
-        self._dataset = dataset
+        self.sampler = sampler
+        self.has_diverged = False  # by the losses of this rank
+        self._config, self._comm = config, comm
+        self._train, self._test = dataset.train, dataset.test
         self._publisher = publisher
         self._epoch_scorer = epoch_scorer
         self._saver = saver
@@ -188,6 +212,7 @@ class _Training:
         self._optimizer = build_optimizer(config, model)
         self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self._optimizer, T_max=self.steps)
         self._losses: list[torch.Tensor] = []  # since the last news
+        self._epoch_loss = torch.zeros(2, dtype=torch.float64, device=self.device)  # of this rank: sum, draws
         self._loss = math.nan
         self._published_step = self._evaluated_step = -1
 
@@ -199,11 +224,15 @@ class _Training:
             self.seconds_in_scoring += time.perf_counter() - began
 
     def advance(self, ids: list[int]) -> None:
-        """One step, and the checkpoint and the state that are due after it."""
-        x_BCHW, y_B = (part.to(self.device) for part in self._dataset.train.batch(ids))
+        """One step, and the checkpoint and the state that are due after it. `ids` are this rank's of the batch."""
+        x_BCHW, y_B = (part.to(self.device) for part in self._train.batch(ids))
         x_BCHW = augment(x_BCHW, self._config.augment)
-        first, second = self._loss_fns(ids)
-        self._losses.append(sam_step(self.model, self._optimizer, first, x_BCHW, y_B, second))
+        share = self._comm.world_size * len(ids) / self._batch_draws()
+        first, second = self._loss_fns(ids, share)
+        sync_first = self._config.sam.sync_first
+        loss = sam_step(self._parallel, self._optimizer, first, x_BCHW, y_B, second, sync_first=sync_first) / share
+        self._losses.append(loss)
+        self._epoch_loss += torch.stack([loss * len(ids), torch.full_like(loss, len(ids))])
         self._schedule.step()
         self.step += 1
         since_first = self.step - self._config.warmup_steps
@@ -212,27 +241,52 @@ class _Training:
         if self._config.save_every_steps and self.step % self._config.save_every_steps == 0:
             self._save()
 
+    def halted(self, stopped: Callable[[], bool]) -> bool:
+        """Whether any rank is to stop here. Raises TrainingDiverged, at all of them, when one's loss is not finite."""
+        wish = self._comm.highest(DIVERGED if self.has_diverged else STOP if stopped() else GO)
+        if wish == DIVERGED:
+            raise TrainingDiverged(
+                f"the loss is not finite at step {self.step}; lower train.learning_rate "
+                f"({self._config.learning_rate:g}) or train.sam.rho ({self._config.sam.rho:g})"
+            )
+        return wish == STOP
+
     def save_if_due(self) -> None:
-        """At the end of an epoch: save the state when the last one is `save_interval_s` old."""
-        if time.perf_counter() - self._last_save >= self._config.save_interval_s:
+        """At the end of an epoch: save the state when rank 0's last one is `save_interval_s` old."""
+        if self._comm.highest(
+            self._saver is not None and time.perf_counter() - self._last_save >= self._config.save_interval_s
+        ):
             self._save()
 
-    def progress(self, epoch: int, *, evaluated: bool = False) -> Progress:
-        """Raises TrainingDiverged when a loss since the last one was not finite."""
+    def save_last(self) -> None:
+        state = self.state()
+        if self._saver is not None and state is not None:
+            self._saver.close(state)
+
+    def progress(self, epoch: int) -> Progress:
+        """Where this rank is, with the loss since the last one; notes when that was not finite."""
         if self._losses:
             self._loss = float(torch.stack(self._losses).mean())
             self._losses.clear()
-            if not math.isfinite(self._loss):
-                raise TrainingDiverged(
-                    f"the loss is {self._loss} at step {self.step}; lower train.learning_rate "
-                    f"({self._config.learning_rate:g}) or train.sam.rho ({self._config.sam.rho:g})"
-                )
-        return Progress(self.step, self.steps, epoch, self._loss, self.accuracy, evaluated)
+            self.has_diverged = self.has_diverged or not math.isfinite(self._loss)
+        return Progress(self.step, self.steps, epoch, self._loss, self.accuracy)
 
-    def evaluate(self, stopped: Callable[[], bool]) -> None:
-        accuracy = evaluate(self.model, self._dataset.test, self.device, stopped)
-        if accuracy is not None:
-            self.accuracy, self._evaluated_step = accuracy, self.step
+    def epoch_progress(self, epoch: int, *, evaluated: bool) -> Progress:
+        """Where all ranks are at the end of `epoch`, with its mean loss."""
+        last = self.progress(epoch)
+        loss, draws = self._comm.total(self._epoch_loss.cpu()).tolist()
+        self._epoch_loss.zero_()
+        return dataclasses.replace(last, loss=loss / draws, evaluated=evaluated)
+
+    def evaluate(self, stopped: Callable[[], bool]) -> bool:
+        """Whether it is done; not when `stopped` on the way. Without samples to evaluate on there is no accuracy."""
+        if len(self._test):
+            accuracy = evaluate(self.model, self._test, self.device, stopped, self._comm)
+            if accuracy is None:
+                return False
+            self.accuracy = accuracy
+        self._evaluated_step = self.step
+        return True
 
     @property
     def is_finished(self) -> bool:
@@ -246,12 +300,18 @@ class _Training:
         if self._evaluated_step != self.step:
             self.evaluate(stopped)
 
-    def state(self) -> SavedState:
-        return SavedState(self.step, self._publisher.newest_version, self.state_dict())
-
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the coming steps, but the samples and, where they come from outside, the scores."""
+    def state(self) -> SavedState | None:
+        """At rank 0; the others give it their random numbers."""
         on_gpu = self.device.type == "cuda"
+        rng = self._comm.gather(torch.get_rng_state())
+        device_rng = self._comm.gather(torch.cuda.get_rng_state(self.device)) if on_gpu else None
+        if self._publisher is None:
+            return None
+        content = self._state_dict() | {"rng": rng, "device_rng": device_rng}
+        return SavedState(self.step, self._publisher.newest_version, content)
+
+    def _state_dict(self) -> dict[str, Any]:
+        """What else decides the coming steps, but the samples and, where they come from outside, the scores."""
         return {
             "step": self.step,
             "accuracy": self.accuracy,
@@ -261,13 +321,11 @@ class _Training:
             "schedule": self._schedule.state_dict(),
             "sampler": self.sampler.state_dict(),
             "epoch_scorer": self._epoch_scorer.state_dict() if self._epoch_scorer else None,
-            "rng": torch.get_rng_state(),
-            "device_rng": torch.cuda.get_rng_state(self.device) if on_gpu else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises StateError for unknown or missing fields, by name."""
-        if unlike := sorted(state.keys() ^ self.state_dict().keys()):
+        if unlike := sorted(state.keys() ^ (self._state_dict().keys() | {"rng", "device_rng"})):
             raise StateError(f"not a state of this training: the fields {unlike} are unknown or missing")
         self.step, self.accuracy, self._evaluated_step = state["step"], state["accuracy"], state["evaluated_step"]
         self.model.load_state_dict(state["model"])
@@ -280,49 +338,76 @@ class _Training:
             self._epoch_scorer.load_state_dict(state["epoch_scorer"])
         else:
             self._published_step = self.step
-        torch.set_rng_state(state["rng"])
-        if state["device_rng"] is not None and self.device.type == "cuda":
-            torch.cuda.set_rng_state(state["device_rng"], self.device)
+        rank = self._comm.rank
+        if rank < len(state["rng"]):  # else a worker more than there were, with random numbers of its own
+            torch.set_rng_state(state["rng"][rank])
+        if state["device_rng"] is not None and self.device.type == "cuda" and rank < len(state["device_rng"]):
+            torch.cuda.set_rng_state(state["device_rng"][rank], self.device)
 
-    def _loss_fns(self, ids: list[int]) -> tuple[LossFn, LossFn]:
-        """Of SAM's two passes over the samples `ids`: sum_i v_i l_i / B in the weighting form, else the mean."""
+    def _batch_draws(self) -> int:
+        """Draws of the batch at hand, all ranks' together; the last one of an epoch may be smaller."""
+        end = self.sampler.position or self.sampler.num_samples
+        return (end - 1) % self._config.batch_size + 1
+
+    def _loss_fns(self, ids: list[int], share: float) -> tuple[LossFn, LossFn]:
+        """Of SAM's two passes over the samples `ids`: sum_i v_i l_i / B in the weighting form, else the mean.
+
+        `share` is what the mean counts among the ranks, 1 on average, so that theirs is the mean of the whole batch.
+        """
         weight_B = self.sampler.loss_weights(ids)
+
+        def plain(output: Any, y_B: Tensor) -> Tensor:
+            return F.cross_entropy(logits(output), y_B) * share
+
         if weight_B is None:
-            return F.cross_entropy, F.cross_entropy
+            return plain, plain
         v_B = torch.tensor(weight_B, dtype=torch.float32, device=self.device)
 
-        def weighted(logits_BK: Tensor, y_B: Tensor) -> Tensor:
-            return (v_B * F.cross_entropy(logits_BK, y_B, reduction="none")).mean()
+        def weighted(output: Any, y_B: Tensor) -> Tensor:
+            return (v_B * F.cross_entropy(logits(output), y_B, reduction="none")).mean() * share
 
-        return (F.cross_entropy if self._config.curriculum.passes == "second" else weighted), weighted
+        return (plain if self._config.curriculum.passes == "second" else weighted), weighted
 
     def _save(self) -> None:
-        if self._saver is not None:
-            began = time.perf_counter()
-            if self._saver.save(self.state()):
-                self._last_save = began
-            self.seconds_in_save += time.perf_counter() - began
+        began = time.perf_counter()
+        state = self.state()
+        if self._saver is not None and state is not None and self._saver.save(state):
+            self._last_save = began
+        self.seconds_in_save += time.perf_counter() - began
 
     def _publish(self) -> None:
-        self._publisher.publish(self.model, self.step)
+        if self._publisher is not None:
+            self._publisher.publish(self.model, self.step)
         self._published_step = self.step
 
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, images: Samples, device: torch.device, stopped: Callable[[], bool] = lambda: False
+    model: nn.Module,
+    images: Samples,
+    device: torch.device,
+    stopped: Callable[[], bool] = lambda: False,
+    comm: Comm = ALONE,
 ) -> float | None:
-    """Accuracy on `images`, in eval mode; None when `stopped` on the way. The model is in train mode afterwards."""
+    """Accuracy on `images`, in eval mode; None when `stopped` on the way. The model is in train mode afterwards.
+
+    The ranks share the images, with rank 0's running statistics.
+    """
     model.eval()
-    right = 0
-    for start in range(0, len(images), EVALUATION_BATCH):
-        if stopped():
+    if comm.world_size > 1:
+        for buffer in model.buffers():
+            buffer.copy_(comm.broadcast(buffer.cpu()))
+    right = torch.zeros(1, dtype=torch.int64)
+    for first in range(0, len(images), EVALUATION_BATCH * comm.world_size):
+        if comm.highest(stopped()):
             model.train()
             return None
-        x_BCHW, y_B = images.batch(np.arange(start, min(start + EVALUATION_BATCH, len(images))))
-        right += int((model(x_BCHW.to(device)).argmax(1).cpu() == y_B).sum())
+        start = first + EVALUATION_BATCH * comm.rank
+        if ids := range(start, min(start + EVALUATION_BATCH, len(images))):
+            x_BCHW, y_B = images.batch(np.asarray(ids))
+            right += (logits(model(x_BCHW.to(device))).argmax(1).cpu() == y_B).sum()
     model.train()
-    return right / len(images)
+    return int(comm.total(right)) / len(images)
 
 
 def pick_device(name: str) -> torch.device:
@@ -342,7 +427,14 @@ def pick_device(name: str) -> torch.device:
 
 
 def _build_sampler(
-    config: TrainConfig, train: Samples, scores: Scores, *, ages_within_windows: bool
+    config: TrainConfig,
+    train: Samples,
+    scores: Scores,
+    comm: Comm,
+    draw_log: DrawLog | None,
+    recorded: Recorded | None,
+    *,
+    ages_within_windows: bool,
 ) -> CurriculumSampler:
     curriculum = config.curriculum
     return CurriculumSampler(
@@ -354,6 +446,9 @@ def _build_sampler(
         windows_per_epoch=curriculum.windows_per_epoch,
         lookahead_versions=_lookahead(config, len(train)) if ages_within_windows else 0,
         form=curriculum.form,
+        comm=comm,
+        recorder=draw_log,
+        recorded=recorded,
     )
 
 

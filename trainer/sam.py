@@ -189,16 +189,20 @@ def sam_step(
     x: Tensor,
     y: Tensor,
     second_loss_fn: Callable[[Tensor, Tensor], Tensor] | None = None,
+    *,
+    sync_first: bool = False,
 ) -> Tensor:
     """One SAM step on one batch: two passes over the same inputs, running statistics from the first only.
 
-    Where rho is 0 everywhere the second pass would only repeat the first, and is left out. Under
-    DistributedDataParallel only the last pass synchronises gradients. For low precision use bfloat16 autocast; a
-    GradScaler does not fit two passes.
+    Where rho is 0 everywhere the second pass would only repeat the first, and is left out. For low precision use
+    bfloat16 autocast; a GradScaler does not fit two passes.
 
     Args:
         loss_fn: (logits, y) -> scalar loss.
         second_loss_fn: of the pass at w + e(w), where it is another, such as one with weights v_i.
+        sync_first: under DistributedDataParallel, average the gradients of the first pass too: one e(w) for all ranks,
+            at the price of a second synchronisation; else each rank ascends by its own part of the batch, the paper's
+            m-sharpness.
 
     Returns: the loss at w, detached.
     """
@@ -209,7 +213,7 @@ def sam_step(
         torch.autograd.backward(loss)
         optimizer.base_step(zero_grad=True)
         return loss.detach()
-    with getattr(model, "no_sync", contextlib.nullcontext)():
+    with contextlib.nullcontext() if sync_first else getattr(model, "no_sync", contextlib.nullcontext)():
         loss = loss_fn(model(x), y)
         torch.autograd.backward(loss)
     optimizer.first_step(zero_grad=True)

@@ -58,12 +58,47 @@ def _store_load() -> Bench:
     return Bench(load.measure, repeats=60)
 
 
+def _rest() -> Bench:
+    from deploy.bench import rest
+
+    return Bench(rest.measure, repeats=5, show=rest.show)
+
+
+def _scorers() -> Bench:
+    from deploy.bench import scorers
+
+    return Bench(scorers.measure, repeats=7, show=scorers.show)
+
+
+def _controller() -> Bench:
+    from deploy.bench import controller
+
+    return Bench(controller.measure, repeats=5, show=controller.show)
+
+
+def _ranks() -> Bench:
+    from deploy.bench import ranks
+
+    return Bench(ranks.measure, repeats=5, show=ranks.show)
+
+
+def _sampler() -> Bench:
+    from deploy.bench import sampler
+
+    return Bench(sampler.measure, repeats=5, show=sampler.show)
+
+
 BENCHES: dict[str, Callable[[], Bench]] = {  # called for the one that is asked for
     "recovery": _recovery,
     "flat": _flat,
     "store": _store,
     "store-crash": _store_crash,
     "store-load": _store_load,
+    "rest": _rest,
+    "scorers": _scorers,
+    "controller": _controller,
+    "ranks": _ranks,
+    "sampler": _sampler,
 }
 
 

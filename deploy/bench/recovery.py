@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import psutil
 
-from deploy.client import RestClient
+from deploy.client import client_of, scorers
 from deploy.cluster import end_processes, run_folder_of
+from services.client import Client
 from shared.catalogue import Run
 from shared.errors import ServiceError, SteppeError
 
@@ -41,18 +42,18 @@ def measure(repeats: int) -> dict[str, Any]:
     return _quantiles(seconds) | {"what": "seconds from kill -9 of a scorer to rows of its successor"}
 
 
-def _client(folder: Path, process: "subprocess.Popen[bytes]") -> RestClient:
+def _client(folder: Path, process: "subprocess.Popen[bytes]") -> Client:
     """A client of the run, once it answers."""
     while True:
         if process.poll() is not None:
             raise ServiceError(f"the run ended early: {(folder.parent / 'out').read_text()[-500:]}")
         try:
-            return RestClient(Run(folder))
+            return client_of(Run(folder))
         except (SteppeError, json.JSONDecodeError):
             time.sleep(POLL_INTERVAL_S)
 
 
-def _one_recovery(client: RestClient, folder: Path) -> float:
+def _one_recovery(client: Client, folder: Path) -> float:
     killed = _scorer_that_scored(client, other_than=-1)
     if run_folder_of(psutil.Process(killed)) != str(folder):
         raise ServiceError(f"process {killed} is not of {folder}; it is left alone")
@@ -64,11 +65,11 @@ def _one_recovery(client: RestClient, folder: Path) -> float:
     return seconds
 
 
-def _scorer_that_scored(client: RestClient, other_than: int) -> int:
+def _scorer_that_scored(client: Client, other_than: int) -> int:
     """The process id of a scorer that has scored, once there is one."""
     deadline = time.monotonic() + LONGEST_RECOVERY_S
     while time.monotonic() < deadline:
-        for scorer in client.scorers()["scorers"]:
+        for scorer in scorers(client)["scorers"]:
             if scorer["scored"] and scorer["pid"] not in (0, other_than):
                 return int(scorer["pid"])
         time.sleep(POLL_INTERVAL_S)

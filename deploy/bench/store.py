@@ -27,6 +27,8 @@ REFRESHES = 5
 OTHERS_BATCHES = 20
 SERIES = 20
 
+Act = Callable[[pa.Table], None]
+
 MEMORY = """
 import sys
 from shared.score_store import ScoreReader
@@ -76,7 +78,7 @@ def _measured(num_samples: int, repeats: int) -> dict[str, Any]:
         sys.stderr.write(f"{num_samples:,} samples\n")
         with ScoreWriter(uri, num_samples, retention=Retention(0), grace_s=0.0) as writer:
             for ids in np.array_split(np.arange(num_samples), 10):
-                writer.append(_rows(ids, 1, rng))
+                writer.append(random_rows(ids, 1, rng))
                 writer.commit()
             writer.compact()
             found: dict[str, Any] = (
@@ -99,7 +101,7 @@ def _refreshes(writer: ScoreWriter, uri: Path, rng: np.random.Generator) -> dict
     for version in range(2, 2 + REFRESHES):
         changed = rng.permutation(writer.num_samples)[:size]
         for ids in np.array_split(changed, -(-size // BATCH_ROWS)):
-            writer.append(_rows(ids, version, rng))
+            writer.append(random_rows(ids, version, rng))
             writer.commit()
         began = time.perf_counter()
         reader.refresh()
@@ -121,23 +123,17 @@ def _commits(writer: ScoreWriter, place: str, rng: np.random.Generator, repeats:
     def floor(rows: pa.Table) -> None:
         _raw(Path(place) / "floor", next(numbers), rows)
 
-    def commit(rows: pa.Table) -> None:
-        writer.append(rows)
-        writer.commit()
+    commit = committing(writer)
 
     def batches(count: int) -> Iterator[pa.Table]:
         for _ in range(count):
-            yield _rows(rng.permutation(writer.num_samples)[:BATCH_ROWS], 100 + next(numbers), rng)
+            yield random_rows(rng.permutation(writer.num_samples)[:BATCH_ROWS], 100 + next(numbers), rng)
 
-    turns: dict[Callable[[pa.Table], None], list[float]] = {floor: [], commit: []}
+    turns: dict[Act, list[float]] = {floor: [], commit: []}
     for turn, rows in enumerate(batches(repeats)):
         for act in list(turns)[:: 1 if turn % 2 else -1]:
             turns[act] += _seconds(act, [rows])
-    series: dict[Callable[[pa.Table], None], list[float]] = {floor: [], commit: []}
-    for _ in range(max(repeats // SERIES, 1)):
-        made = list(batches(SERIES))
-        for act in series:
-            series[act] += _seconds(act, made)
+    series = seconds_without_pause((floor, commit), batches, repeats)
     return {
         "commit_ms": _ms(turns[commit]),
         "floor_ms": _ms(turns[floor]),
@@ -148,7 +144,29 @@ def _commits(writer: ScoreWriter, place: str, rng: np.random.Generator, repeats:
     }
 
 
-def _seconds(act: Callable[[pa.Table], None], batches: Iterable[pa.Table]) -> list[float]:
+def committing(writer: ScoreWriter) -> Act:
+    """A durable commit of some rows."""
+
+    def commit(rows: pa.Table) -> None:
+        writer.append(rows)
+        writer.commit()
+
+    return commit
+
+
+def seconds_without_pause(
+    acts: Iterable[Act], batches: Callable[[int], Iterable[pa.Table]], repeats: int
+) -> dict[Act, list[float]]:
+    """Of each act, on the same rows, which `batches(count)` makes before: series of 20, in turn."""
+    seconds: dict[Act, list[float]] = {act: [] for act in acts}
+    for _ in range(max(repeats // SERIES, 1)):
+        made = list(batches(SERIES))
+        for act in seconds:
+            seconds[act] += _seconds(act, made)
+    return seconds
+
+
+def _seconds(act: Act, batches: Iterable[pa.Table]) -> list[float]:
     found = []
     for rows in batches:
         began = time.perf_counter()
@@ -175,7 +193,7 @@ def _memory(uri: Path, num_samples: int, when: str = "") -> dict[str, float]:
     return {f"{what}_bytes_per_sample{when}": size for what, size in zip(("reader", "measure"), each, strict=True)}
 
 
-def _rows(ids: npt.NDArray[np.int64], version: int, rng: np.random.Generator) -> pa.Table:
+def random_rows(ids: npt.NDArray[np.int64], version: int, rng: np.random.Generator) -> pa.Table:
     value = rng.standard_normal(len(ids), dtype=np.float32)
     given: dict[str, Any] = {"sample_id": ids, "correct": value > 0, "robust": value > 1, "predicted": 0}
     given |= dict.fromkeys(("model_version", "step", "scored_at"), version)
@@ -185,10 +203,8 @@ def _rows(ids: npt.NDArray[np.int64], version: int, rng: np.random.Generator) ->
 
 # -- other stores, for information: as durable, the same batches -------------------------------------------------------
 
-Append = Callable[[pa.Table], None]
 
-
-def _duckdb(place: str) -> Iterator[Append]:
+def _duckdb(place: str) -> Iterator[Act]:
     import duckdb
 
     with duckdb.connect(f"{place}/scores.duckdb") as connection:
@@ -201,7 +217,7 @@ def _duckdb(place: str) -> Iterator[Append]:
         yield append
 
 
-def _sqlite(place: str) -> Iterator[Append]:
+def _sqlite(place: str) -> Iterator[Act]:
     connection = sqlite3.connect(f"{place}/scores.sqlite")
     connection.execute("pragma journal_mode = wal")
     connection.execute("pragma synchronous = full")
@@ -218,7 +234,7 @@ def _sqlite(place: str) -> Iterator[Append]:
     connection.close()
 
 
-def _lance(place: str) -> Iterator[Append]:
+def _lance(place: str) -> Iterator[Act]:
     import lance
 
     def append(batch: pa.Table) -> None:
@@ -227,10 +243,10 @@ def _lance(place: str) -> Iterator[Append]:
     yield append
 
 
-OTHERS: dict[str, Callable[[str], Iterator[Append]]] = {"duckdb": _duckdb, "sqlite": _sqlite, "lance": _lance}
+OTHERS: dict[str, Callable[[str], Iterator[Act]]] = {"duckdb": _duckdb, "sqlite": _sqlite, "lance": _lance}
 
 
-def _rows_per_second(other: Callable[[str], Iterator[Append]], place: str, num_samples: int) -> int | str:
+def _rows_per_second(other: Callable[[str], Iterator[Act]], place: str, num_samples: int) -> int | str:
     rng = np.random.default_rng(1)
     try:
         store = other(place)
@@ -239,7 +255,7 @@ def _rows_per_second(other: Callable[[str], Iterator[Append]], place: str, num_s
         return "not installed"
     seconds = []
     for version in range(OTHERS_BATCHES):
-        rows = _rows(rng.permutation(num_samples)[:BATCH_ROWS], version, rng)
+        rows = random_rows(rng.permutation(num_samples)[:BATCH_ROWS], version, rng)
         began = time.perf_counter()
         append(rows)
         seconds.append(time.perf_counter() - began)

@@ -12,9 +12,12 @@ import httpx2
 import psutil
 
 from deploy.cluster import processes_of, remove_ray_folder
+from shared.events import read_events
+from shared.score_store import ScoreReader
 from tests.waiting import wait_for
 
 STEPPE = str(Path(sys.executable).parent / "steppe")
+EXAMPLES = Path(__file__).parents[2] / "deploy/examples"
 QUICKSTART = Path(__file__).parents[2] / "deploy/configs/quickstart.toml"
 
 
@@ -51,6 +54,11 @@ class RunningRun:
         headers = {"Authorization": f"Bearer {(self.folder / 'token').read_text()}"}
         return httpx2.Client(base_url=url, headers=headers, trust_env=False, timeout=30)
 
+    def scored(self) -> httpx2.Client:
+        """The client, once there are scores of all samples."""
+        wait_until_scored(self.folder, self.process)
+        return self.client()
+
     def finish(self, timeout_s: float = 240) -> tuple[int, str, str]:
         """Exit code, stdout, stderr."""
         out, err = self.process.communicate(timeout=timeout_s)
@@ -69,3 +77,28 @@ class RunningRun:
             process.kill()
         with contextlib.suppress(OSError, ValueError):
             remove_ray_folder(json.loads((self.folder / "runtime.json").read_bytes()).get("ray_folder"))
+
+
+def wait_until_scored(folder: Path, process: "subprocess.Popen[str]") -> None:
+    """Until there are scores of all samples. The trainer stands still meanwhile, so that it cannot end before.
+
+    Args:
+        process: of the run, or of a job that follows it; it may not end either.
+    """
+
+    def driver() -> psutil.Process | None:
+        assert process.poll() is None, f"the run ended early: {process.communicate()}"
+        happened = {event["event"] for event in read_events(folder)}
+        if {"scorer_up", "published"} <= happened:
+            return psutil.Process(json.loads((folder / "runtime.json").read_bytes())["pid"])
+        return None
+
+    def is_scored() -> bool:
+        return bool((ScoreReader(folder / "scores").dense("model_version") >= 0).all())
+
+    paused = wait_for(driver, 200, "a trainer that has published, and a scorer")
+    paused.suspend()
+    try:
+        wait_for(is_scored, what="scores of all samples")
+    finally:
+        paused.resume()

@@ -13,10 +13,11 @@ import torch
 from deploy.actors import ControllerActor, RemoteFleet, RestActor, ScorerActor, ask
 from deploy.config import RunConfig
 from deploy.fleet import Fleet
+from scorer.config import ScoringConfig
 from shared.catalogue import Run
 from shared.checkpoints import CheckpointPublisher
 from shared.datasets import load_dataset
-from shared.events import Events
+from shared.events import Events, read_events
 from shared.models import build_model
 from shared.score_store import ScoreReader
 from tests.waiting import wait_for
@@ -55,7 +56,7 @@ class Parts:
         scorer: Any = ray.remote(num_cpus=0.1, max_concurrency=3)(ScorerActor)  # type: ignore[call-overload]
         self.problems: list[str] = []
         start = lambda i: scorer.remote(i, uri, CONFIG, self.controller)  # noqa: E731
-        self.fleet = Fleet(self.controller, start, {"CPU": 0.1}, self.problems.append, Events(uri))
+        self.fleet = Fleet(self.controller, start, CONFIG.scoring, self.problems.append, Events(uri))
 
     def status(self) -> dict[str, Any]:
         return RemoteFleet(self.controller).status()
@@ -133,14 +134,33 @@ def test_scorers_that_cannot_be_placed_are_reported_with_what_is_missing(
     problems: list[str] = []
     events = Events(parts.run.path)
     start = lambda i: hungry.remote(i, str(parts.run.path), CONFIG, parts.controller)  # noqa: E731
-    fleet = Fleet(parts.controller, start, {"CPU": 100.0, "GPU": 0.0}, problems.append, events)
+    fleet = Fleet(parts.controller, start, ScoringConfig(cpus=100), problems.append, events)
     wait_for(lambda: problems, 30, "the report")
+    wait_for(lambda: parts.status()["waiting"] == problems[0], what="the controller telling so")
     lacking = fleet.lacking()
     fleet.stop()
 
+    assert not [event for event in happened(parts, "scorer_down") if event["reason"] == "drained"]  # it never was up
     assert lacking == "100 CPU (there are 4)"
     assert problems == [problems[0]]
-    assert problems[0].startswith("1 scorers wait to be placed or to start; one needs 100 CPU (")
+    assert problems[0] == "1 scorer waits to be placed or to start; one needs 100 CPU (there are 4)"
+
+
+def test_a_scorer_that_gets_sigterm_hands_in_what_it_has_and_is_replaced(parts: Parts) -> None:
+    assert parts.fleet.first_scorer.wait(60)
+    with CheckpointPublisher(parts.run.path) as publisher:
+        publisher.publish(build_model(CONFIG.model, parts.dataset), 10)
+        (scorer,) = wait_for(lambda: [one for one in parts.status()["scorers"] if one["scored"]], what="scores")
+        psutil.Process(scorer["pid"]).terminate()
+        wait_for(lambda: happened(parts, "scorer_down"), what="its end")
+        wait_for(lambda: len(happened(parts, "scorer_up")) == 2, what="its successor")
+
+    assert [event["reason"] for event in happened(parts, "scorer_down")] == ["it ended by itself"]
+    assert parts.status()["leases_expired"] == 0
+
+
+def happened(parts: Parts, name: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(parts.run.path) if event["event"] == name]
 
 
 def test_a_change_without_the_token_is_refused(parts: Parts) -> None:

@@ -23,6 +23,7 @@ import pytest
 from deploy.cli import main
 from deploy.config import RunConfig
 from services.api import create_app
+from services.client import Client
 from services.config import ControllerConfig
 from services.controller import Controller
 from services.server import Server
@@ -30,8 +31,10 @@ from shared.attempts import begin
 from shared.catalogue import Run, process_identity
 from shared.config import DataConfig, _keys, read_config
 from shared.datasets import load_dataset
+from shared.errors import ServiceError
 from shared.measures import MEASURES
 from shared.score_store import ScoreWriter
+from tests.clusters import namespaces_are_allowed
 from tests.rows import make_rows
 from tests.system.runs import QUICKSTART, STEPPE
 
@@ -264,9 +267,13 @@ CASES = {
     "attack": setting("scoring.attack.name=cw", "scoring.attack.name = 'cw': must be 'fgsm' or 'pgd'"),
     "data": setting(
         "data.name=mnist",
-        "data.name = 'mnist': must be 'digits', 'fashion_mnist', 'mnist_5k', 'cifar10', 'cifar100' or 'image_folder'",
+        "data.name = 'mnist': must be 'digits', 'fashion_mnist', 'mnist_5k', 'cifar10', 'cifar100' or 'image_folder', "
+        "or your own as 'module:function'",
     ),
-    "model": setting("model.name=vgg", "model.name = 'vgg': must be 'small_cnn', 'tiny_cnn' or 'resnet18'"),
+    "model": setting(
+        "model.name=vgg",
+        "model.name = 'vgg': must be 'small_cnn', 'tiny_cnn' or 'resnet18', or your own as 'module:function'",
+    ),
     "width of resnet18": setting(
         "model.name=resnet18", "model.width is 48, but resnet18 always has 64; set that, or leave it out"
     ),
@@ -363,7 +370,7 @@ CASES = {
     ),
     "folder elsewhere": Case(
         "run {config} --set=rest.port=0 --set=run.folder=s3://bucket/run",
-        "'s3://bucket/run': only local paths and file:// URIs can be used; mount s3:// as a folder",
+        "'s3://bucket/run': only local paths and file:// URIs can be used; choose a folder on a disk",
     ),
     # resuming
     "resume nothing": Case(
@@ -452,7 +459,11 @@ CASES = {
     ),
     "template": Case("config init x.toml --template=mnist", "no template 'mnist'; known: fashion_mnist, quickstart"),
     "show": Case("config show no.toml", "no configuration file 'no.toml'; to make one: steppe config init"),
-    "bench": Case("bench speed", "no benchmark 'speed'; known: recovery, flat, store, store-crash, store-load"),
+    "bench": Case(
+        "bench speed",
+        "no benchmark 'speed'; known: recovery, flat, store, store-crash, store-load, rest, scorers, controller, "
+        "ranks, sampler",
+    ),
     # usage
     "scale many": usage(
         "scale many",
@@ -658,6 +669,37 @@ def test_question_to_a_served_run_is_refused(command: str, said: str, served: Ru
 
     assert refused(*command.split(), cwd=served.path.parents[1]) == f"steppe: {said}\n"
     assert files(served.path) == before
+
+
+@pytest.mark.skipif(not namespaces_are_allowed(), reason="mount namespaces are not allowed here")
+def test_a_run_that_cannot_be_written_is_served_for_reading(tmp_path: Path) -> None:
+    """Such as one in an archive: there is no token, and none is needed."""
+    run = make_run(tmp_path)
+    (run.scores_uri / "store.json").write_text("torn")
+    before = files(run.path)
+    read_only = 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && exec "$0" serve "$1" --port=0'
+    with subprocess.Popen(
+        ["unshare", "-m", "sh", "-c", read_only, STEPPE, str(run.path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            url = process.stdout.readline().partition(" is served at ")[2].partition(",")[0]
+            with Client(url) as client:
+                assert client.get("/v1")["num_samples"] == SAMPLES
+                with pytest.raises(ServiceError, match="send the run's token"):
+                    client.scale(1)
+            process.send_signal(signal.SIGTERM)
+            err = process.communicate(timeout=TIMEOUT_S)[1]
+        finally:
+            process.kill()
+
+    assert process.returncode == 130
+    assert "other steppe commands will not find this service: " in err
+    assert f"no scores can be asked for now: {run.scores_uri / 'store.json'} " in err
+    assert files(run.path) == before
 
 
 @pytest.fixture

@@ -7,7 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import pytest
 
 from deploy.cluster import end_processes
 from tests.waiting import wait_for
@@ -35,12 +38,35 @@ def shell(command: str) -> str:
     return done.stdout
 
 
-def test_commands_of_the_readme() -> None:
+def python(code: str, run: Path) -> None:
+    subprocess.run([sys.executable, "-c", code.replace("NAME", run.name)], check=True, cwd=ROOT, timeout=60)
+
+
+@pytest.fixture
+def made() -> Iterator[Callable[[], list[Path]]]:
+    """The runs that came since the test began; removed with what else the README's commands write."""
+    before = set((ROOT / "runs").glob("*"))
+
+    def runs() -> list[Path]:
+        return list(set((ROOT / "runs").glob("*")) - before)
+
+    yield runs
+    for name in ("scores.parquet", "seven.png"):
+        (ROOT / name).unlink(missing_ok=True)
+    for run in runs():
+        end_processes(run)
+        shutil.rmtree(run)
+
+
+def test_commands_of_the_readme(made: Callable[[], list[Path]]) -> None:
     run_command, *others = commands()
     assert run_command == "./deploy/local run"
-    before = set((ROOT / "runs").glob("*"))
-    process = subprocess.Popen(
-        ["bash", "-c", run_command],
+    assert "test accuracy" in shell(run_command)
+    (quickstart,) = made()
+    check_summary(json.loads((quickstart / "summary.json").read_text()))
+
+    process = subprocess.Popen(  # one that is up for as long as the examples take
+        ["bash", "-c", f"exec {run_command} --set train.epochs=10000"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -50,25 +76,19 @@ def test_commands_of_the_readme() -> None:
 
     def new_run() -> Path | None:
         assert process.poll() is None, process.communicate()
-        found = [path for path in set((ROOT / "runs").glob("*")) - before if (path / "runtime.json").exists()]
-        return found[0] if found else None
+        return next((run for run in made() if (run / "runtime.json").exists()), None)
 
-    run = wait_for(new_run, 120, "the README's run")
     try:
+        run = wait_for(new_run, 120, "the README's run")
         ready = "curl -sf localhost:7471/readyz"
         wait_for(lambda: subprocess.run(ready.split(), capture_output=True, check=False).returncode == 0, 120, "scores")
         live = [command for command in others if command.startswith("curl") or command.split()[2] in LIVE]
-        answers = {command: shell(command) for command in live}
-        out, err = process.communicate(timeout=200)
-
-        assert process.returncode == 0, err
-        assert "test accuracy" in out
-        check_answers(answers)
-        check_summary(json.loads((run / "summary.json").read_text()))
+        check_answers({command: shell(command) for command in live})
         for code in blocks("python"):
-            subprocess.run([sys.executable, "-c", code.replace("NAME", run.name)], check=True, cwd=ROOT, timeout=60)
+            python(code, run)
         down, other_run, plan, doctor, settings = (shell(command) for command in others if command not in live)
-        assert "was not up" in down
+        assert "stopped" in down
+        assert process.wait(60) == 130
         assert json.loads(other_run)["steps"] == 5 * 23
         assert "full scoring pass" in plan
         assert "REST port" in doctor
@@ -76,24 +96,34 @@ def test_commands_of_the_readme() -> None:
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
-        end_processes(run)
-        (ROOT / "scores.parquet").unlink(missing_ok=True)
-        for folder in set((ROOT / "runs").glob("*")) - before:
-            shutil.rmtree(folder)
 
 
 def check_answers(answers: dict[str, str]) -> None:
     """Each example gave what the text around it says."""
-    curls = {command: json.loads(answer) for command, answer in answers.items() if command.startswith("curl")}
-    assert len(curls) == 8
-    by_path = {command.split("localhost:7471")[1].split()[0]: answer for command, answer in curls.items()}
+    curls = {command: answer for command, answer in answers.items() if command.startswith("curl")}
+    assert len(curls) == 18
+    plain = {command.split("localhost:7471")[1].split()[0].strip("'"): answer for command, answer in curls.items()}
+    snapshot, metrics = plain.pop("/v1/scores/snapshot"), plain.pop("/metrics")
+    assert "shape: (9, 14)" in snapshot  # nine figures of thirteen columns
+    assert "steppe_coverage " in metrics
+    assert plain.pop("/v1/samples/7/image?scale=8") == ""
+    assert (ROOT / "seven.png").read_bytes().startswith(b"\x89PNG")
+    by_path = {path: json.loads(answer) for path, answer in plain.items()}
     assert by_path["/v1/samples/7"]["sample_id"] == 7
+    assert by_path["/v1/samples/7?max_age_versions=4"]["status"] in ("fresh", "stale", "unscored")
+    assert by_path["/v1/samples/7/history"]["sample_id"] == 7
+    assert by_path["/v1"]["api"] == "v1"
     assert 0 < by_path["/v1/stats"]["coverage"] <= 1
     assert by_path["/v1/scores:query"]["measure"] == "loss"
     assert by_path["/v1/scores:query"]["sample_id"] == [3, 14, 159]
+    assert len(by_path["/v1/scores?label=3&order=desc&limit=5"]["sample_id"]) == 5
+    assert len(by_path["/v1/histogram?measure=margin&bins=10"]["counts"]) == 10
+    assert by_path["/v1/classes"]["label"] == list(range(10))
+    assert by_path["/v1/suspects?limit=5"]["measure"] == "loss"
     assert by_path["/v1/checkpoints"]["checkpoints"][0]["model_version"] >= 1
+    assert len(by_path["/v1/events?limit=5"]["events"]) == 5
     assert by_path["/readyz"] == {"status": "ok"}
-    assert [answer["wanted"] for command, answer in curls.items() if "PATCH" in command] == [2]
+    assert by_path["/v1/scorers"]["wanted"] == 2  # by PATCH, which has the same path
     status, top, query, scale, runs, export, suspects, store = (
         answers[command] for command in answers if command.startswith("./deploy/local steppe")
     )

@@ -25,12 +25,12 @@ def started(run_folder: Path) -> Iterator[list[RunningRun]]:
         run.stop_for_good()
 
 
+@pytest.mark.slow
 def test_training_goes_on_when_everything_else_is_stopped(started: list[RunningRun], run_folder: Path) -> None:
     """Controller, scorers and REST service hang (SIGSTOP); the trainer goes to the end of its steps."""
     run = RunningRun(run_folder, "train.epochs=25", "model.width=16")
     started.append(run)
-    client, runtime = run.client(), run.runtime()
-    wait_for(lambda: client.get("/v1/stats").json()["coverage"] == 1.0, 120, "full coverage")
+    client, runtime = run.scored(), run.runtime()
     scorers = [scorer["pid"] for scorer in client.get("/v1/scorers").json()["scorers"]]
     newest = client.get("/v1/checkpoints").json()["checkpoints"][0]["model_version"]
     hung = [psutil.Process(pid) for pid in (*scorers, *runtime["pids"].values())]
@@ -51,6 +51,7 @@ def test_training_goes_on_when_everything_else_is_stopped(started: list[RunningR
     assert not any(process.is_running() for process in hung)
 
 
+@pytest.mark.slow
 def test_down_stops_a_run_and_leaves_nothing_behind(
     started: list[RunningRun], run_folder: Path, tmp_path: Path
 ) -> None:
@@ -97,6 +98,7 @@ def test_ctrl_c_ends_a_run_before_training_began(started: list[RunningRun], run_
     assert not run.processes()
 
 
+@pytest.mark.slow
 def test_training_starts_without_scorers(started: list[RunningRun], run_folder: Path) -> None:
     """No scorer can be placed: it asks for more CPUs than there are. Training says so and goes on."""
     run = RunningRun(run_folder, "train.epochs=2", "scoring.cpus=1000")

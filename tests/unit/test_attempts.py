@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
 from shared.attempts import Attempt, abandoned, attempts, begin
+from shared.checkpoints import CheckpointPublisher
 from shared.errors import RunError
 from shared.freshness import ABANDONED, Status, age_versions, statuses
 from shared.storage import Folder
@@ -171,3 +173,25 @@ def _abandoned_of(forks: list[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("shared.attempts.attempts", lambda _: made)
         return abandoned("nowhere")
+
+
+def test_a_training_of_ones_own_says_where_it_goes_on(tmp_path: Path) -> None:
+    """What was published after its state is left behind; where older versions were removed, all that is left is."""
+    model = nn.Linear(2, 2)
+    with CheckpointPublisher(tmp_path, keep_last=3) as publisher:
+        for step in (10, 20, 30, 40, 50):
+            publisher.publish(model, step)
+            publisher.flush()
+    assert abandoned(tmp_path) == ()
+    with CheckpointPublisher(tmp_path, keep_last=3, resumed_at=45) as publisher:
+        assert publisher.publish(model, 55) == 6
+    assert abandoned(tmp_path) == ((5, 5),)
+    assert [(one.fork_step, one.last_valid_version, one.first_version) for one in attempts(tmp_path)] == [(45, 4, 6)]
+
+    with CheckpointPublisher(tmp_path, resumed_at=5) as publisher:
+        publisher.publish(model, 15)
+    assert abandoned(tmp_path) == ((4, 6),)
+
+    with CheckpointPublisher(tmp_path, resumed_at=0) as publisher:  # from scratch: nothing of before counts
+        publisher.publish(model, 10)
+    assert abandoned(tmp_path) == ((1, 7),)

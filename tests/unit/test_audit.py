@@ -14,7 +14,8 @@ import services.controller
 from services.audit import Audit, fidelity
 from services.config import ControllerConfig
 from services.controller import Controller
-from services.queries import Difficulty
+from services.difficulty import Difficulty
+from services.queries import stats
 from shared.catalogue import Run
 from shared.datasets import Images
 from shared.errors import ConfigError
@@ -441,9 +442,9 @@ def test_stats_show_fidelity(tmp_path: Path) -> None:
     run = Run.create(tmp_path / "run", dataset_fingerprint="f", train=images, config={}, scoring_id="id")
     with controller_of(run.path) as controller:
         score_blocks(controller, 1)
-        before = Difficulty(run).stats()["fidelity"]
+        before = stats(Difficulty(run).view())["fidelity"]
         score_blocks(controller, 2)
-        after = Difficulty(run).stats()["fidelity"]
+        after = stats(Difficulty(run).view())["fidelity"]
 
     assert before is None
     assert after == pytest.approx({"latest": 1, "mean": 1, "min": 1, "count": 1, "model_version": 2, "measure": "adm"})

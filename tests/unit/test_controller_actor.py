@@ -10,6 +10,7 @@ from deploy.actors import ControllerActor
 from services.config import ControllerConfig
 from shared.errors import ServiceError, SteppeError, StoreMismatch
 from shared.events import read_events
+from shared.schema import arrow_file
 from shared.score_store import ScoreReader, ScoreWriter
 from shared.storage import Folder
 from tests.rows import make_rows
@@ -55,7 +56,7 @@ def test_first_call_opens_it_and_close_commits(tmp_path: Path) -> None:
     actor.register("a", 7)
     lease = actor.lease("a", 1, 7)
     assert lease is not None
-    actor.submit("a", lease.lease_id, make_rows(lease.sample_ids, 1), {})
+    actor.submit("a", lease.lease_id, arrow_file(make_rows(lease.sample_ids, 1)), {})
     actor.report("a", "batch_halved", "x")
     actor.set_wanted(3)
     status, decisions, released = actor.status(), actor.decide(("a",)), actor.release("a")

@@ -130,7 +130,7 @@ def test_commits_and_wishes_are_in_the_diary(tmp_path: Path) -> None:
 
     assert events(tmp_path, "committed", "scaled") == [
         {"event": "committed", "store_version": 1, "commits": 1, "rows": 2},
-        {"event": "scaled", "wanted": 5},
+        {"event": "scaled", "wanted": 5, "before": 2, "reason": "asked for"},
         {"event": "committed", "store_version": 2, "commits": 1, "rows": 1},
     ]
 

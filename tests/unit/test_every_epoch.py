@@ -19,6 +19,7 @@ from shared.datasets import load_dataset
 from shared.models import build_model
 from shared.ranking import rank_correlation
 from shared.score_store import ScoreReader
+from trainer.comm import ALONE
 from trainer.loop import TrainResult, train
 from trainer.state import StateSaver, load_newest_state
 
@@ -248,6 +249,7 @@ def life(path: Path, attempt: int, killed_at: int | None = None) -> tuple[TrainR
         try:
             result = train(
                 DELAYED.train,
+                ALONE,
                 parts.model,
                 parts.dataset,
                 parts.publisher,
@@ -272,7 +274,7 @@ def test_killed_training_with_delayed_scores_goes_on_bit_for_bit(tmp_path: Path)
 
     assert [name for name, value in expected.items() if not torch.equal(value, found[name])] == []
     assert whole.test_accuracy == resumed.test_accuracy
-    assert dataclasses.asdict(whole.sampler.draws) | {"age_counts": 0} == (
-        dataclasses.asdict(resumed.sampler.draws) | {"age_counts": 0}
+    assert dataclasses.asdict(whole.draws) | {"age_counts": 0} == (
+        dataclasses.asdict(resumed.draws) | {"age_counts": 0}
     )
-    assert whole.sampler.draws.age_counts.tolist() == resumed.sampler.draws.age_counts.tolist() == [0, 0, 400]
+    assert whole.draws.age_counts.tolist() == resumed.draws.age_counts.tolist() == [0, 0, 400]

@@ -19,6 +19,7 @@ from shared.errors import ConfigError
 from shared.models import build_model
 from shared.score_store import ScoreWriter
 from tests.rows import make_rows
+from trainer.comm import ALONE
 from trainer.config import CurriculumConfig, TrainConfig
 from trainer.curriculum import Curriculum
 from trainer.feed import ScoreFeed
@@ -61,7 +62,7 @@ def run(
         feed = ScoreFeed(path, SAMPLES, newest_version=lambda: publisher.newest_version)
         feed.close()
         feed.refresh()
-        result = train(config, model, digits(), publisher, feed, news.append, stopped)
+        result = train(config, ALONE, model, digits(), publisher, feed, news.append, stopped)
     return result, model, news
 
 
@@ -141,15 +142,14 @@ def test_curriculum_without_scores_trains_as_the_uniform_one_and_with_scores_oth
 
     assert torch.equal(weights(without), weights(plain))
     assert not torch.equal(weights(with_scores), weights(plain))
-    assert (result.sampler.draws.fresh, result.sampler.draws.total) == (2 * SAMPLES, 2 * SAMPLES)
-    assert result.sampler.progress == 1
+    assert (result.draws.fresh, result.draws.total) == (2 * SAMPLES, 2 * SAMPLES)
 
 
 def test_no_scores_at_all_runs_to_the_end(tmp_path: Path) -> None:
     result, _, _ = run(tmp_path, make_config())
 
     assert result.steps == 12
-    assert (result.sampler.draws.unscored, result.sampler.draws.total) == (2 * SAMPLES, 2 * SAMPLES)
+    assert (result.draws.unscored, result.draws.total) == (2 * SAMPLES, 2 * SAMPLES)
 
 
 @pytest.mark.parametrize("name", ["sam.rho", "sam.adaptive", "learning_rate", "momentum", "weight_decay"])

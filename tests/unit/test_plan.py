@@ -7,8 +7,9 @@ import torch
 
 from deploy import plan as plans
 from deploy.config import RunConfig
-from deploy.plan import Measured, freshness_misfit, local_dataset, place_misfit, plan, print_plan, reckon, would_start
+from deploy.plan import Measured, freshness_misfit, place_misfit, plan, print_plan, reckon, would_start
 from shared.config import DataConfig
+from shared.datasets import local_dataset
 from shared.errors import DatasetMissing
 
 MEASURED = Measured(

@@ -27,6 +27,7 @@ from shared.errors import ConfigError, RunError, StateError
 from shared.models import build_model
 from shared.score_store import ScoreWriter
 from tests.rows import make_rows
+from trainer.comm import ALONE
 from trainer.config import CurriculumConfig, SamConfig, TrainConfig
 from trainer.feed import ScoreFeed, ScoreView
 from trainer.loop import TrainResult, train
@@ -149,7 +150,7 @@ class Outcome:
 
     def counted(self) -> tuple[Any, ...]:
         assert self.result is not None
-        draws = self.result.sampler.draws
+        draws = self.result.draws
         return draws.fresh, draws.stale, draws.unscored, draws.age_counts.tolist()
 
 
@@ -175,6 +176,7 @@ def live(
         try:
             outcome.result = train(
                 config,
+                ALONE,
                 model,
                 data,
                 publisher,
@@ -371,6 +373,7 @@ def test_last_news_of_a_stop_in_mid_epoch_name_that_epoch(tmp_path: Path) -> Non
     with CheckpointPublisher(tmp_path) as publisher:
         train(
             make_config(),
+            ALONE,
             make_model(),
             data,
             publisher,
@@ -401,7 +404,7 @@ def test_state_that_does_not_fit_is_refused(
     change(state.content)
 
     with CheckpointPublisher(tmp_path) as publisher, pytest.raises(StateError, match=message):
-        train(make_config(), make_model(), digits(), publisher, FakeEpochScorer(), lambda _: None, resumed=state)
+        train(make_config(), ALONE, make_model(), digits(), publisher, FakeEpochScorer(), lambda _: None, resumed=state)
 
 
 # -- which run ---------------------------------------------------------------------------------------------------------
@@ -454,6 +457,27 @@ def test_running_and_finished_runs_are_refused(tmp_path: Path) -> None:
 
     assert str(running.value) == f"{tmp_path} is running; stop it first: steppe down {tmp_path}"
     assert {f"{tmp_path} is finished, its results are in summary.json; start a new run"} == set(finished)
+
+
+def test_a_run_that_a_loop_of_the_users_own_trains_is_refused(tmp_path: Path) -> None:
+    """Else steppe's trainer would publish into it, in place of theirs."""
+    config = RunConfig()
+    dataset = digits()
+    run = Run.create(
+        tmp_path / "runs" / "own",
+        dataset_fingerprint=dataset.fingerprint,
+        train=dataset.train,
+        config=config.model_dump(mode="json"),
+        scoring_id=config.scoring.scoring_id,
+        is_trained_here=False,
+    )
+
+    with pytest.raises(RunError, match=r"by a loop of your own, .*: steppe score CONFIG"):
+        find_resumable(str(run.path))
+    path = tmp_path / "config.toml"
+    path.write_text(f'[run]\nroot = "{run.path.parent}"\n')
+    with pytest.raises(RunError, match="no unfinished run"):
+        find_resumable(str(path))
 
 
 @pytest.mark.parametrize(

@@ -15,12 +15,17 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, TensorDataset
 
+from shared.catalogue import Run
 from shared.checkpoints import CheckpointPublisher
 from shared.errors import ConfigError, StateError
+from shared.samples import Images
 from shared.score_store import ScoreReader, ScoreWriter
+from tests.ranks import in_threads
 from tests.rows import make_rows
+from trainer.comm import Comm
 from trainer.curriculum import Seen, find_policy
 from trainer.feed import ScoreFeed, ScoreView
+from trainer.loader import CurriculumLoader
 from trainer.sampler import CurriculumSampler, DrawCounts, draw
 
 
@@ -300,6 +305,29 @@ def store(tmp_path: Path) -> Iterator[ScoreWriter]:
 LOW_HALF = math.exp(0.5) / (1 + math.exp(0.5))  # of the default curriculum, b = 1/2
 
 
+def test_a_named_policy_guards_by_the_classes_of_the_run_that_its_scores_are_of(tmp_path: Path) -> None:
+    """A loss of 3 is worse than chance among 10 classes, and better among 100."""
+    images = Images(np.zeros((100, 1, 1, 1), np.uint8), np.arange(100), white=1, num_classes=100)
+    run = Run.create(tmp_path / "run", dataset_fingerprint="f", train=images, config={}, scoring_id="")
+    with ScoreWriter(run.scores_uri, 100) as writer:
+        writer.append(make_rows(np.arange(100), 1))
+    percentile_N = (np.arange(100) + 0.5) / 100
+    seen = Seen(percentile_N, np.ones(100), np.where(percentile_N < 0.4, 3.0, 0.0))
+    expected = {k: find_policy("soft", num_classes=k).weights(seen, 0.5).tolist() for k in (10, 100)}
+
+    def weights(scores: Any, **settings: Any) -> list[float]:
+        found: list[float] = CurriculumSampler(100, scores, **settings).policy.weights(seen, 0.5).tolist()
+        return found
+
+    assert expected[10] != expected[100]
+    with ScoreFeed(run.path, 100) as feed:
+        for scores in (ScoreReader(run.scores_uri), run.scores_uri, feed):
+            assert weights(scores) == expected[100]
+    assert weights(run.scores_uri, num_classes=10) == expected[10]
+    assert weights(None) == expected[10]
+    assert weights(None, num_classes=100) == expected[100]
+
+
 def low_share(sampler: CurriculumSampler, epochs: int = 40) -> float:
     """Share of the draws of ids 0..29 that are of ids 0..14."""
     ids = np.array([sample_id for _ in range(epochs) for sample_id in sampler])
@@ -563,3 +591,113 @@ def test_ages_of_a_store_count_against_the_runs_newest_checkpoint(tmp_path: Path
         sampler = CurriculumSampler(10, scores)
         assert sorted(sampler) != []
         assert (sampler.draws.fresh, sampler.draws.stale) == (0, 10)
+
+
+def test_a_state_counts_only_what_was_used() -> None:
+    """A DataLoader with workers has drawn more: those draws come again, the window's rest too."""
+    sampler = CurriculumSampler(20, graded(20), "soft", seed=3, windows_per_epoch=4)
+    whole = list(sampler)
+    again = CurriculumSampler(20, graded(20), "soft", seed=3, windows_per_epoch=4)
+    first = take(again, 13)
+    state = again.state_dict(consumed=7)
+    resumed = CurriculumSampler(20, graded(20), "soft", seed=9, windows_per_epoch=4)
+    resumed.load_state_dict(state)
+
+    assert (resumed.epoch, resumed.position) == (0, 7)
+    assert first[:7] + list(resumed) == whole
+    assert again.state_dict(consumed=13)["position"] == 13
+
+
+def test_a_state_within_an_epoch_that_was_drawn_to_its_end() -> None:
+    sampler = CurriculumSampler(20, None, "uniform", seed=3)
+    drawn = list(sampler)
+    resumed = CurriculumSampler(20, None, "uniform", seed=3)
+    resumed.load_state_dict(sampler.state_dict(consumed=16))
+
+    assert (resumed.epoch, resumed.position) == (0, 16)
+    assert list(resumed) == drawn[16:]
+    assert list(resumed) == list(sampler)
+    over = sampler.state_dict(consumed=20)
+    assert (over["epoch"], over["position"]) == (2, 0)
+
+
+def test_the_state_an_epoch_begins_with_draws_all_of_it_again() -> None:
+    """For frameworks that pass over the first batches themselves; also when resumed again and again."""
+    sampler = CurriculumSampler(20, graded(20), "soft", seed=3)
+    drawn = list(CurriculumSampler(20, graded(20), "soft", seed=3))
+    for count in (3, 5, 20):
+        assert take(sampler, count) == drawn[:count]
+        state = sampler.state_dict(consumed=0)
+        sampler = CurriculumSampler(20, graded(20), "soft", seed=3)
+        sampler.load_state_dict(state)
+        assert (sampler.epoch, sampler.position) == (0, 0)
+
+
+def test_draws_that_are_not_remembered_cannot_be_taken_back() -> None:
+    sampler = CurriculumSampler(20, None, "uniform")
+    take(sampler, 9)
+    resumed = CurriculumSampler(20, None, "uniform")
+    resumed.load_state_dict(sampler.state_dict())
+    take(resumed, 4)
+
+    assert resumed.state_dict(consumed=9)["position"] == 9
+    for consumed in (8, 14):
+        with pytest.raises(StateError, match=rf"consumed is {consumed}; of this epoch 13 .* those from 9 on"):
+            resumed.state_dict(consumed=consumed)
+
+
+def test_every_rank_draws_all_where_a_framework_deals_out() -> None:
+    def draws(comm: Comm) -> list[int]:
+        return list(CurriculumSampler(23, None, "uniform", seed=comm.rank, comm=comm, is_sharded=False))
+
+    first, second = in_threads(2, draws)
+    assert first == second
+    assert sorted(first) == list(range(23))
+
+
+def test_ranks_draw_as_many_each_without_the_last() -> None:
+    def draws(comm: Comm) -> tuple[int, list[int], int]:
+        sampler = CurriculumSampler(23, None, "uniform", comm=comm, drop_last=True)
+        return len(sampler), list(sampler), sampler.epoch
+
+    ranks = in_threads(3, draws)
+    assert [(length, len(ids), epoch) for length, ids, epoch in ranks] == [(7, 7, 1)] * 3
+    assert len({i for _, ids, _ in ranks for i in ids}) == 21
+
+
+def test_frequencies_are_those_of_the_weights() -> None:
+    """Chi-square over single draws of fresh samplers, which are independent."""
+    weight_N = np.array([0.5, 1.0, 2.0, 4.0, 0.1, 1.4])
+    rng, count = np.random.default_rng(1), 20_000
+    counts = np.zeros(6)
+    for _ in range(count):
+        window, _ = draw(weight_N, np.zeros(6), 1, rng)
+        counts[window] += 1
+    expected = count * weight_N / weight_N.sum()
+
+    assert ((counts - expected) ** 2 / expected).sum() < 20.5  # the 99.9 % quantile with 5 degrees of freedom
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_a_loader_goes_on_after_the_last_batch_that_it_gave(workers: int, drop_last: bool) -> None:
+    def loader() -> CurriculumLoader:
+        sampler = CurriculumSampler(50, None, "uniform", seed=3)
+        return CurriculumLoader(TensorDataset(torch.arange(50)), 8, sampler, num_workers=workers, drop_last=drop_last)
+
+    def batches(one: CurriculumLoader, count: int | None = None) -> list[list[int]]:
+        return [batch[0].tolist() for batch in itertools.islice(one, count)]
+
+    whole = loader()
+    expected = batches(whole) + batches(whole)
+    per_epoch = 6 if drop_last else 7
+    assert len(expected) == 2 * per_epoch
+    assert len(whole) == per_epoch
+    for count in (1, 3, 6, 7):
+        first = loader()
+        given = [batch[0].tolist() for batch in itertools.islice(itertools.chain(first, first), count)]
+        second = loader()
+        second.load_state_dict(first.state_dict())
+        while len(given) < len(expected):
+            given += batches(second)
+        assert given == expected

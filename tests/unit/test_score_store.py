@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pyarrow as pa
 import pytest
 
 from shared import store_files
-from shared.errors import ConfigError, DataError, Fenced, StoreError, StoreMismatch
+from shared.errors import ConfigError, DataError, Fenced, NoSuchVersion, StoreError, StoreMismatch
 from shared.schema import SCORE_SCHEMA, SNAPSHOT_SCHEMA
 from shared.score_store import COMPACT_AFTER_FRAGMENTS, Retention, ScoreReader, ScoreWriter
 from shared.store_view import stable_order
@@ -255,7 +255,7 @@ def test_version_that_is_not_there(tmp_path: Path, version: int) -> None:
     reader.refresh()
     commit(writer, [0], 3)  # the reader has not seen it
 
-    with pytest.raises(StoreError, match=f"version {version} is not there; this reader is at version 2"):
+    with pytest.raises(StoreError, match=f"version {version} is not there; the newest that was read is version 2"):
         reader.table(version)
 
 
@@ -471,7 +471,7 @@ def test_row_appended_while_closing_is_stored_or_refused(tmp_path: Path, monkeyp
         (make_rows([0, 1]).set_column(8, "el2n", pa.array([0.5, None], pa.float32())), "column el2n has 1 nulls"),
         (make_rows([3, N]), r"sample ids 3\.\.10 do not fit 0\.\.9"),
         (make_rows([-1, 3]), r"sample ids -1\.\.3 do not fit 0\.\.9"),
-        (make_rows([3], -1), "model_version is below 0"),
+        (make_rows([3], -1), "model_version is -1; it must be at least 0"),
     ],
     ids=["missing", "extra", "twice", "fraction", "string", "list", "null", "id too large", "id below 0", "version"],
 )
@@ -587,3 +587,80 @@ def test_reader_beside_the_writer_sees_versions_rise_and_whole_tables(tmp_path: 
     assert len(set(versions)) > 2
     assert versions[-1] == 60
     assert all((found, rows) == (({version}, N) if version else (set(), 0)) for version, found, rows in seen)
+
+
+# -- one row, some values, pinned readers ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def layered(tmp_path: Path) -> Iterator[ScoreReader]:
+    """A snapshot of samples 0..7 and two fragments above it; sample 9 is unscored."""
+    with ScoreWriter(tmp_path, N) as writer:
+        commit(writer, range(8), 1, margin=np.arange(8.0))
+        writer.compact()
+        commit(writer, [2, 8], 2, margin=20.0, correct=False)
+        commit(writer, [3, 2], 3, margin=30.0)
+        yield ScoreReader(tmp_path)
+
+
+def test_one_row_is_what_lookup_finds(layered: ScoreReader) -> None:
+    for sample_id in range(N):
+        row, (found,) = layered.row(sample_id), layered.lookup([sample_id]).to_pylist()
+        if found["model_version"] is None:
+            assert row is None
+            continue
+        assert row is not None
+        found["scored_at"] = round(found["scored_at"].timestamp() * 1e6)
+        assert {name: row[name] for name in found} == found
+
+
+@pytest.mark.parametrize("sample_id", [-1, N, 2**63, 2**70])
+def test_a_row_of_an_unknown_id_is_refused(layered: ScoreReader, sample_id: int) -> None:
+    with pytest.raises(DataError, match="sample"):
+        layered.row(sample_id)
+
+
+def test_values_are_those_of_the_dense_columns(layered: ScoreReader) -> None:
+    ids = np.array([9, 2, 0, 3, 8, 2])
+    names = ("margin", "model_version", "scored_at", "correct", "store_version")
+
+    for name, values in zip(names, layered.values(ids, names), strict=True):
+        np.testing.assert_array_equal(values, layered.dense(name)[ids])
+    with pytest.raises(DataError, match="sample_id 10"):
+        layered.values(np.array([N]), names)
+
+
+def test_values_of_an_empty_store(tmp_path: Path) -> None:
+    ScoreWriter(tmp_path, N).close()
+    reader = ScoreReader(tmp_path)
+
+    assert [values.tolist() for values in reader.values(np.array([1, 1]), ["step", "correct"])] == [[-1, -1], [-1, -1]]
+    assert reader.row(1) is None
+
+
+def test_a_pinned_reader_stays_where_it_is(layered: ScoreReader, tmp_path: Path) -> None:
+    now, then = layered.pinned(), layered.pinned(1)
+    with ScoreWriter(tmp_path, N) as writer:
+        commit(writer, [0], 4)
+        assert not now.is_newest()
+    layered.refresh()
+
+    assert (layered.version, now.version, then.version) == (4, 3, 1)
+    assert then.table() == layered.table(1)
+    assert now.row(0) is not None
+    assert now.row(0)["model_version"] == 1  # type: ignore[index]
+    assert layered.is_newest()
+    assert (now.rows, then.rows) == (layered.rows - 1, 8)
+    assert then.committed_at is None
+    assert not then.is_newest()
+    assert then.refresh() == 4
+    assert then.table() == layered.table()
+    with pytest.raises(NoSuchVersion, match="version 9 is not there"):
+        layered.pinned(9)
+
+
+def test_snapshot_since_a_version_has_the_commit_of_each_row(layered: ScoreReader) -> None:
+    found = layered.snapshot(since=1)
+
+    assert found.column("sample_id").to_pylist() == [2, 3, 8]
+    assert found.column("store_version").to_pylist() == [3, 3, 2]

@@ -21,6 +21,17 @@ def no_space(*_: object) -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.parametrize("number", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_a_file_system_without_hard_links_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "link", refuse)
+    with pytest.raises(ConfigError, match=f"{tmp_path} is on a file system without hard links .*local disk"):
+        Folder(tmp_path).create("x", b"first")
+    assert os.listdir(tmp_path) == []
+
+
 def test_put_replaces_and_create_does_not(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "a" / "b").make()
     folder.put("x", b"old")
@@ -113,7 +124,7 @@ def test_relative_path_is_taken_from_here(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize("scheme", ["s3", "gs", "http"])
 def test_remote_uri_is_refused(scheme: str) -> None:
     with pytest.raises(
-        ConfigError, match=f"'{scheme}://bucket/run': only local paths and file:// URIs .*; mount {scheme}:// as"
+        ConfigError, match=f"'{scheme}://bucket/run': only local paths and file:// URIs .*; choose a folder"
     ):
         Folder(f"{scheme}://bucket/run")
 

@@ -396,26 +396,29 @@ def test_a_failed_commit_leaves_no_fragment_behind(tmp_path: Path, monkeypatch: 
     assert len(names(tmp_path, "fragments")) == 1
 
 
-def test_writer_that_slept_through_ten_commits_wakes_with_a_manifest_that_may_be_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("fails", [False, True], ids=["it is there", "it may be there"])
+def test_writer_that_slept_through_ten_commits_wakes_with_its_manifest_in_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
 ) -> None:
-    """Its own manifest is in place, and yet a successor's is the newest."""
+    """And yet a successor's is the newest."""
     first = ScoreWriter(tmp_path, N)
     first.append(make_rows([0], 9))
     link = os.link
 
-    def link_and_fail(*paths: Any) -> None:
+    def link_late(*paths: Any) -> None:
         monkeypatch.setattr(os, "link", link)
         second = ScoreWriter(tmp_path, N)
         for version in range(1, store_files.SUPERSEDED_MANIFESTS_KEPT + 4):
             commit(second, [1], version)
         wait_for(lambda: "000000000002.json" not in names(tmp_path, "manifests"), what="the place to be free")
         link(*paths)
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+        if fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(os, "link", link_and_fail)
-    with pytest.raises(OSError, match="Input/output"):
-        first.commit()
+    monkeypatch.setattr(os, "link", link_late)
+    if fails:
+        with pytest.raises(OSError, match="Input/output"):
+            first.commit()
     with pytest.raises(Fenced):
         first.commit()
     assert read(tmp_path).keys() == {1}
@@ -828,6 +831,125 @@ def test_a_full_disk_gets_room_before_the_fold(tmp_path: Path, monkeypatch: pyte
 
     assert names(tmp_path, "snapshots") == {path.name for path in named(tmp_path, "snapshots")}
     assert names(tmp_path, "fragments") == {path.name for path in named(tmp_path, "fragments")}
+
+
+def test_a_full_disk_gets_room_before_the_versions_that_are_kept_are_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There the next manifest, which keeps fewer, cannot be written."""
+    writer = ScoreWriter(tmp_path, N, retention=Retention(1))
+    for version in (1, 2, 3):
+        commit(writer, [0], version)
+        writer.compact()
+    commit(writer, [0], 4)
+    before = names(tmp_path, "snapshots")
+    an_hour_passes(monkeypatch)
+    full = mock.patch.object(storage, "_write_out", side_effect=OSError(errno.ENOSPC, "No space"))
+    with full, pytest.raises(OSError, match="No space"):
+        writer.compact()
+
+    assert len(names(tmp_path, "snapshots")) < len(before)
+    assert read(tmp_path) == {0: (4, -1.0)}
+
+
+def test_a_full_disk_gets_room_by_commits_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No compaction is due there, and none could be made."""
+    writer = ScoreWriter(tmp_path, N, retention=Retention(0))
+    for version in (1, 2):
+        commit(writer, [0], version)
+        writer.compact()
+    assert names(tmp_path, "snapshots") > {path.name for path in named(tmp_path, "snapshots")}
+    an_hour_passes(monkeypatch)
+    writer.append(make_rows([0], 3))
+    with mock.patch.object(storage, "_write_out", side_effect=OSError(errno.ENOSPC, "No space")):
+        for _ in range(2):
+            with pytest.raises(OSError, match="No space"):
+                writer.commit()
+
+    assert names(tmp_path, "snapshots") == {path.name for path in named(tmp_path, "snapshots")}
+    assert writer.commit() == 3
+    assert read(tmp_path) == {0: (3, -1.0)}
+
+
+def test_a_damaged_manifest_of_an_earlier_version_goes_with_that_version(tmp_path: Path) -> None:
+    """Neither compaction nor commits, on a disk that was full for a moment, are kept from going on."""
+    writer = ScoreWriter(tmp_path, N, retention=Retention(3))
+    for version in (1, 2):
+        commit(writer, [0], version)
+        writer.compact()
+    (anchor,) = {one.generation for one in writer._manifest.earlier if one.last == 1}
+    writer.close()
+    (tmp_path / "manifests" / f"{anchor:012d}.json").write_text("torn")
+
+    writer = ScoreWriter(tmp_path, N, retention=Retention(3))
+    writer.append(make_rows([0], 3))
+    full = mock.patch.object(storage, "_write_out", side_effect=OSError(errno.ENOSPC, "No space"))
+    with full, pytest.raises(OSError, match="No space"):
+        writer.commit()
+    for version in range(4, 9):
+        commit(writer, [0], version)
+    writer.compact()
+    assert writer.snapshot_version == writer.version
+    assert store_check.verify(tmp_path) == []
+
+
+def test_a_compaction_that_fails_is_not_tried_again_by_every_commit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each try may read all of the store."""
+    monkeypatch.setattr(score_store, "COMPACT_AFTER_FRAGMENTS", 4)
+    tried: list[int] = []
+
+    def fail(writer: ScoreWriter, _: Any) -> None:
+        tried.append(writer.version)
+        raise StoreCorrupt("a bit flipped")
+
+    writer = ScoreWriter(tmp_path, N)
+    with mock.patch.object(ScoreWriter, "_fold", fail):
+        for version in range(1, 13):
+            commit(writer, [0], version)
+            if (compactor := writer._compactor) is not None:
+                compactor.join()
+    assert tried == [4, 8, 12]
+    for version in range(13, 17):
+        commit(writer, [0], version)
+    writer.close()
+    assert writer.snapshot_version == 16
+
+
+def test_a_store_that_comes_into_being_while_it_is_opened_is_not_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = Folder.read
+
+    def late(folder: Folder, name: str) -> bytes:
+        monkeypatch.setattr(Folder, "read", look)
+        with ScoreWriter(tmp_path, N) as writer:
+            commit(writer, [0])
+        raise FileNotFoundError(name)
+
+    monkeypatch.setattr(Folder, "read", late)
+
+    assert ScoreReader(tmp_path).version == 1
+
+
+def test_a_listing_that_missed_the_newest_generations_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A listing of very many names is no one instant's: between its parts a writer may remove and make some."""
+    writer = ScoreWriter(tmp_path, N)
+    for version in range(1, 4):
+        commit(writer, [0], version)
+    reader, look = ScoreReader(tmp_path), StoreFiles.generations
+    commit(writer, [0], 4)
+
+    def partly(store: StoreFiles) -> list[int]:
+        monkeypatch.setattr(StoreFiles, "generations", look)
+        return look(store)[:1]
+
+    monkeypatch.setattr(StoreFiles, "generations", partly)
+
+    assert reader.refresh() == 4
 
 
 def test_what_others_put_into_the_store_stays_and_is_in_nobodys_way(tmp_path: Path) -> None:

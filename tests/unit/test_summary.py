@@ -1,14 +1,13 @@
 """What came of a run; and how long it takes from a checkpoint to the first score that the sampler can see."""
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from deploy.scoring import Scoring
 from deploy.summary import first_score_latency, summarise
+from deploy.training import Outcome
 from scorer.config import ScoringConfig
 from shared.attempts import begin
 from shared.catalogue import Run
@@ -16,7 +15,6 @@ from shared.events import Events
 from shared.samples import Images
 from shared.score_store import ScoreWriter
 from tests.rows import make_rows
-from trainer.feed import NoScores
 from trainer.loop import TrainResult
 from trainer.sampler import CurriculumSampler
 
@@ -81,10 +79,10 @@ def make_summary(run: Run, config: ScoringConfig, status: dict[str, Any], first_
         seconds_in_save=0.5,
         seconds_in_scoring=0.75,
         states_failed=0,
-        sampler=sampler,
+        draws=sampler.draws,
     )
-    publisher: Any = SimpleNamespace(published_at={1: 10.0, 2: 20.0}, failed=0, skipped=1)
-    return summarise(run, result, publisher, Scoring(NoScores(10), first_seen, lambda: status), config)
+    outcome = Outcome(result, {1: 10.0, 2: 20.0}, first_seen, checkpoints_failed=0, checkpoints_superseded=1)
+    return summarise(run, outcome, status, config)
 
 
 def test_summary_of_a_run_that_scores_nothing(run: Run) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from shared.errors import ConfigError, StateError
 from shared.measures import find_measure
-from shared.ranking import percentiles
+from shared.ranking import Ranking, percentiles
 from shared.score_store import ScoreReader, ScoreWriter
 from shared.tracking import Tracker
 from tests.rows import make_rows
@@ -196,3 +196,20 @@ def test_tracker_without_memory_is_the_measure(store: Store) -> None:
             expected = rule.show(rows), percentiles(rule.rank(rows), version_N)
         for one, other in zip(Tracker(name).update(reader), expected, strict=True):
             np.testing.assert_array_equal(one, other)
+
+
+def test_after_an_update_that_broke_off_the_next_begins_anew(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Such as for want of memory: what was half changed is not gone on with."""
+    tracker = Tracker("margin")
+    tracker.update(store.commit([0, 1, 2], 1, margin=[1.0, 2.0, 3.0]))
+    reader = store.commit([1], 2, margin=[0.0])
+
+    def break_off(*_: object) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ranking, "_inserted", break_off)
+        with pytest.raises(MemoryError):
+            tracker.update(reader)
+    for now, anew in zip(tracker.update(reader), Tracker("margin").update(reader), strict=True):
+        np.testing.assert_array_equal(now, anew)

@@ -1,0 +1,196 @@
+"""The client against a server that answers as it is told; against the real one: system tests."""
+
+import http.server
+import json
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import httpx2
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from services.answers import Answer, Column, arrow_stream
+from services.client import Client, facts
+from services.web import ARROW
+from shared.catalogue import Run
+from shared.errors import ConfigError, DataError, RunError, ServiceError
+from tests.rest import make_run
+
+
+class Told(http.server.ThreadingHTTPServer):
+    """Gives `answers` one after the other, the last one again and again; remembers what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers: list[tuple[int, str, bytes]] = []
+        self.asked: list[tuple[str, str, dict[str, str], bytes]] = []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Told
+
+    def answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("content-length", 0)))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        self.server.asked.append((self.command, self.path, headers, body))
+        status, kind, content = self.server.answers.pop(0) if len(self.server.answers) > 1 else self.server.answers[0]
+        self.send_response(status)
+        self.send_header("content-type", kind)
+        self.send_header("content-length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_GET = do_POST = do_PATCH = answer
+
+    def log_message(self, *_: Any) -> None: ...
+
+
+@pytest.fixture
+def told() -> Iterator[Told]:
+    with Told() as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def good(content: Any) -> tuple[int, str, bytes]:
+    return 200, "application/json", json.dumps(content).encode()
+
+
+def bad(status: int, detail: str = "so it is") -> tuple[int, str, bytes]:
+    return status, "application/problem+json", json.dumps({"status": status, "detail": detail}).encode()
+
+
+def arrow(answer: Answer) -> tuple[int, str, bytes]:
+    return 200, ARROW, b"".join(arrow_stream(answer.table()))
+
+
+SCORES = Answer({"measure": "adm", "next_cursor": None}, {"value": Column(np.array([0.5, np.nan]))})
+
+
+@pytest.mark.parametrize(
+    ("status", "error", "asked"),
+    [
+        (503, ServiceError, 3),
+        (502, ServiceError, 3),
+        (500, ServiceError, 1),
+        (401, ServiceError, 1),
+        (404, DataError, 1),
+        (406, ConfigError, 1),
+        (413, ConfigError, 1),
+        (422, ConfigError, 1),
+    ],
+)
+def test_a_refusal_says_why_and_what_may_pass_is_asked_again(told, status, error, asked):
+    told.answers = [bad(status)]
+    with pytest.raises(error, match="so it is"):
+        Client(told.url, retries=2).stats()
+
+    assert asked == len(told.asked)
+
+
+def test_what_passed_is_answered(told):
+    told.answers = [bad(503), bad(503), good({"coverage": 1.0})]
+
+    assert Client(told.url).stats() == {"coverage": 1.0}
+    assert len(told.asked) == 3
+
+
+def test_changes_are_not_repeated(told):
+    told.answers = [bad(503)]
+    with pytest.raises(ServiceError, match="so it is"):
+        Client(told.url, token="t").scale(2)  # noqa: S106
+
+    ((method, path, headers, body),) = told.asked
+    assert (method, path, json.loads(body)) == ("PATCH", "/v1/scorers", {"replicas": 2})
+    assert (headers["authorization"], headers["content-type"]) == ("Bearer t", "application/json")
+
+
+def test_a_service_that_is_gone(told):
+    client = Client(told.url, retries=1)
+    told.server_close()
+    told.shutdown()
+
+    with pytest.raises(ServiceError, match=f"{told.url}.*does not answer") as caught:
+        client.stats()
+    assert isinstance(caught.value.__cause__, httpx2.HTTPError)
+
+
+def test_a_service_that_answers_too_late(told, monkeypatch):
+    monkeypatch.setattr(Handler, "do_GET", lambda self: threading.Event().wait(0.5))
+    with pytest.raises(ServiceError, match="does not answer"):
+        Client(told.url, timeout_s=0.05, retries=1).stats()
+
+
+@pytest.mark.parametrize("content", [b"<html>", b"\xff"])
+def test_something_else_at_that_address(told, content):
+    told.answers = [(200, "text/html", content)]
+    client = Client(told.url)
+    with pytest.raises(ServiceError, match="answers no JSON"):
+        client.stats()
+    with pytest.raises(ServiceError, match="answers no Arrow stream"):
+        client.scores([1])
+    told.answers = [(404, "text/html", content)]
+    with pytest.raises(DataError, match="answers 404"):
+        client.stats()
+
+
+def test_tables_and_arrays(told):
+    told.answers = [arrow(SCORES)]
+    client = Client(told.url)
+    table = client.scores(np.array([3, 14]), "loss", max_age_s=2.5)
+
+    assert table.column("value").to_pylist() == [0.5, None]
+    assert facts(table)["measure"] == "adm"
+    assert json.loads(told.asked[0][3]) == {"ids": [3, 14], "measure": "loss", "max_age_s": 2.5}
+    assert told.asked[0][2]["accept"] == ARROW
+    np.testing.assert_array_equal(client.values(3), [0.5, np.nan])
+    assert json.loads(told.asked[1][3])["ids"] == [3]
+    assert facts(pa.table({})) == {}
+
+
+def test_pages_go_by_the_cursor(told):
+    told.answers = [arrow(Answer({"next_cursor": "a/b"}, SCORES.columns)), arrow(SCORES)]
+    pages = list(Client(told.url).pages(label=3, measure="loss", limit=2))
+
+    assert [page.num_rows for page in pages] == [2, 2]
+    assert [path for _, path, *_ in told.asked] == [
+        "/v1/scores?limit=2&label=3&measure=loss",
+        "/v1/scores?limit=2&cursor=a%2Fb",
+    ]
+
+
+def test_what_is_not_given_is_not_sent(told):
+    told.answers = [arrow(SCORES)]
+    Client(told.url).snapshot(version=7)
+
+    assert told.asked[0][1] == "/v1/scores/snapshot?version=7&since=0"
+
+
+def test_the_token_is_that_of_the_run_or_of_the_environment(told, tmp_path, monkeypatch):
+    monkeypatch.delenv("STEPPE_TOKEN", raising=False)
+    told.answers = [good({})]
+    run = make_run(tmp_path / "run")
+    token = run.create_token()
+    monkeypatch.setattr(Run, "runtime", lambda self: {"url": told.url})
+    monkeypatch.setattr(Run, "state", lambda self: "served")
+    Client.of_run(run.path).stats()
+    monkeypatch.setenv("STEPPE_TOKEN", "of-mine")
+    Client.of_run(run).stats()
+    Client(told.url).stats()
+    monkeypatch.delenv("STEPPE_TOKEN")
+    Client(told.url).stats()
+
+    given = [headers.get("authorization") for _, _, headers, _ in told.asked]
+    assert given == [f"Bearer {token}", "Bearer of-mine", "Bearer of-mine", None]
+
+
+def test_a_run_that_is_not_up(tmp_path):
+    run = make_run(tmp_path / "run")
+    with pytest.raises(RunError, match=r"is not up: .*steppe serve"):
+        Client.of_run(run)
