@@ -32,6 +32,7 @@ MAY_CHANGE = (  # they do not decide what is trained
     "scoring.labels",
     "scoring.fallback_labels",
     "scoring.resources",
+    "scoring.nice",
     "scoring.threads",
     "scoring.batch_size",
     "scoring.poll_interval_s",

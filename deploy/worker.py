@@ -14,8 +14,6 @@ from shared.models import build_model
 if TYPE_CHECKING:
     from deploy.config import RunConfig
 
-LOWEST_PRIORITY = 19
-
 
 def build_worker(scorer_id: str, run_uri: str, config: "RunConfig", leases: LeaseSource) -> Worker:
     """With its data and network, in this process as scoring needs it: a CPU scorer steps behind everything else."""
@@ -23,7 +21,7 @@ def build_worker(scorer_id: str, run_uri: str, config: "RunConfig", leases: Leas
     on_gpu = scoring.gpus > 0
     if not on_gpu:
         with contextlib.suppress(OSError):
-            os.nice(LOWEST_PRIORITY)
+            os.nice(scoring.nice)
         torch.set_num_threads(scoring.threads)
     torch.backends.cudnn.allow_tf32 = False  # scoring_id says float32
     dataset = load_dataset(config.data)

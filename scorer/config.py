@@ -48,10 +48,11 @@ class ScoringConfig(Config):
 
     `mode`: "async" scores beside the training, which never waits; "every_epoch" scores inside it, before each epoch but
     the first, so that draws follow from the seed alone; "shadow" scores beside it and trains uniformly; "off" scores
-    nothing. A scorer without a GPU runs at nice 19 and asks Ray for `cpus`, a fraction of a CPU; `gpus` may be a
-    fraction too. On a cluster it goes to a host with these `labels` (Ray's label selectors), else to one with the first
-    of `fallback_labels` that is there ({} is any host); `resources` are custom ones. `delay_versions` is for
-    experiments in the mode every_epoch: draws follow scores that are so many versions old.
+    nothing. A scorer without a GPU gives way to other processes by `nice` (0 to 19; 0 for a host that only scores) and
+    asks Ray for `cpus`, a fraction of a CPU; `gpus` may be a fraction too. On a cluster it goes to a host with these
+    `labels` (Ray's label selectors), else to one with the first of `fallback_labels` that is there ({} is any host);
+    `resources` are custom ones. `delay_versions` is for experiments in the mode every_epoch: draws follow scores that
+    are so many versions old.
     """
 
     mode: Literal["async", "every_epoch", "shadow", "off"] = "async"
@@ -62,6 +63,7 @@ class ScoringConfig(Config):
     labels: dict[str, str] = Field(default_factory=dict)
     fallback_labels: tuple[dict[str, str], ...] = ()
     resources: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    nice: int = Field(default=19, ge=0, le=19)
     threads: int = Field(default=1, ge=1)
     batch_size: int = Field(default=256, ge=1)
     poll_interval_s: float = Field(default=0.05, gt=0)

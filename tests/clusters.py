@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 
 from tests.system.runs import QUICKSTART, STEPPE
-from tests.waiting import wait_for
+from tests.waiting import LIMIT_S, wait_for
 
 BIN = Path(sys.executable).parent
 LOCALHOST = "127.0.0.1"
@@ -99,7 +99,7 @@ class Cluster:
         ray = [str(BIN / "ray"), "drain-node", "--address", f"{self.head.address}:{self.port}", "--node-id", node_id]
         why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "test"]
         command = [*self.head.inside, *ray, *why, "--deadline-remaining-seconds", "600"]
-        subprocess.run(command, env=self.environment(), check=True, timeout=60)
+        subprocess.run(command, env=self.environment(), check=True, timeout=LIMIT_S)
 
     def node_id(self, label: str, value: str) -> str:
         """Of the node with that label."""

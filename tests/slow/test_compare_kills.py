@@ -1,16 +1,19 @@
 """`steppe compare` ended in every way there is: no process stays, what is finished stays, and it goes on."""
 
+import contextlib
 import json
 import os
 import random
+import secrets
 import signal
-import time
+import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from deploy.cluster import processes_of
+from deploy.interrupts import ONE_KEYSTROKE_S
 from tests.system.comparisons import CELLS, RunningComparison, outcomes, write_config
 from tests.waiting import wait_for
 
@@ -36,16 +39,18 @@ def start(tmp_path: Path) -> Iterator[Start]:
 
 def test_killed_again_and_again(start: Start, tmp_path: Path) -> None:
     """At instants that nobody chose; each time more is finished, and at the end all is as it would have been."""
-    chance = random.Random()
+    seed = secrets.randbits(32)
+    print(f"instants by seed {seed}")
+    chance = random.Random(seed)
     code, _, err = start(epochs=20, name="whole").finish()
     assert code == 0, err
     instants, kept = [], dict[str, int]()
     for _ in range(4):
         comparison = start(epochs=20)
-        wait_for(lambda: comparison.training() or comparison.process.poll() is not None, 60, "a cell")  # noqa: B023
+        wait_for(lambda: comparison.training() or comparison.process.poll() is not None, "a cell")  # noqa: B023
         instants.append(chance.uniform(0, 3))
-        deadline = time.monotonic() + instants[-1]
-        wait_for(lambda: time.monotonic() > deadline)  # noqa: B023
+        with contextlib.suppress(subprocess.TimeoutExpired):  # it may also end before
+            comparison.process.wait(instants[-1])
         comparison.kill()
         now = comparison.results()
         assert kept.items() <= now.items(), instants
@@ -62,15 +67,13 @@ def test_killed_again_and_again(start: Start, tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_ends_in_order(start: Start, number: signal.Signals) -> None:
     """As a terminal sends Ctrl-C: to the whole group."""
-    comparison = start(epochs=2000)
-    wait_for(comparison.training, 60, "a cell")
+    comparison = start(epochs=100000)
+    wait_for(comparison.training, "a cell")
     comparison.processes()
-    began = time.monotonic()
     os.killpg(comparison.process.pid, number)
-    code, out, err = comparison.finish(30)
+    code, out, err = comparison.finish()
 
     assert (code, out) == (130, "")
-    assert time.monotonic() - began < 15
     assert "Traceback" not in err
     assert f"interrupted; what is finished is kept in {comparison.folder}, the same command goes on" in err
     ended(comparison)
@@ -79,10 +82,10 @@ def test_a_signal_to_all_ends_in_order(start: Start, number: signal.Signals) -> 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_while_processes_start(start: Start, number: signal.Signals) -> None:
     """Before they do anything of ours: what they say then would be on the terminal."""
-    comparison = start(epochs=2000)
-    wait_for(comparison.processes, 60, "a process")
+    comparison = start(epochs=100000)
+    wait_for(comparison.processes, "a process")
     os.killpg(comparison.process.pid, number)
-    code, _, err = comparison.finish(30)
+    code, _, err = comparison.finish()
 
     assert code == 130
     assert "Traceback" not in err
@@ -90,20 +93,20 @@ def test_a_signal_while_processes_start(start: Start, number: signal.Signals) ->
 
 
 def test_a_second_signal_ends_at_once(start: Start) -> None:
-    comparison = start("--cores=2", epochs=2000, sam="async")
-    (cell,) = wait_for(comparison.training, 60, "a cell")
-    wait_for(lambda: len(processes_of(cell)) > 3, 60, "its cluster")
+    comparison = start("--cores=2", epochs=100000, sam="async")
+    (cell,) = wait_for(comparison.training, "a cell")
+    wait_for(lambda: len(processes_of(cell)) > 3, "its cluster")
     comparison.processes()
     os.killpg(comparison.process.pid, signal.SIGINT)
     assert comparison.process.stderr is not None
     said = comparison.process.stderr.readline()
     while said and "once more stops at once" not in said:
         said = comparison.process.stderr.readline()
-    heard = time.monotonic()
-    wait_for(lambda: time.monotonic() > heard + 0.3)  # sooner it would be the same keystroke
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        comparison.process.wait(2 * ONE_KEYSTROKE_S)  # any sooner it would be the same keystroke
     if comparison.process.poll() is None:
         os.killpg(comparison.process.pid, signal.SIGINT)
-    code, _, err = comparison.finish(15)
+    code, _, err = comparison.finish()
 
     assert code == 130
     assert "Traceback" not in err
@@ -113,12 +116,12 @@ def test_a_second_signal_ends_at_once(start: Start) -> None:
 
 def test_a_killed_worker_is_told_by_the_name_of_its_cell(start: Start) -> None:
     """As the system does when memory runs out."""
-    comparison = start("--cores=1", epochs=2000)
-    (cell,) = wait_for(comparison.training, 60, "a cell")
-    pid = wait_for(lambda: _pid(cell / "runtime.json"), 30, "the cell's process")
+    comparison = start("--cores=1", epochs=100000)
+    (cell,) = wait_for(comparison.training, "a cell")
+    pid = wait_for(lambda: _pid(cell / "runtime.json"), "the cell's process")
     (victim,) = [process for process in comparison.processes() if process.pid == pid]
     victim.kill()
-    code, _, err = comparison.finish(30)
+    code, _, err = comparison.finish()
 
     assert code == 1
     assert "Traceback" not in err
@@ -129,13 +132,13 @@ def test_a_killed_worker_is_told_by_the_name_of_its_cell(start: Start) -> None:
 
 
 def test_a_killed_worker_leaves_no_cluster(start: Start) -> None:
-    comparison = start("--cores=2", epochs=2000, sam="async")
-    (cell,) = wait_for(comparison.training, 60, "a cell")
-    wait_for(lambda: len(processes_of(cell)) > 3, 60, "its cluster")
+    comparison = start("--cores=2", epochs=100000, sam="async")
+    (cell,) = wait_for(comparison.training, "a cell")
+    wait_for(lambda: len(processes_of(cell)) > 3, "its cluster")
     pid = _pid(cell / "runtime.json")
     (victim,) = [process for process in comparison.processes() if process.pid == pid]
     victim.kill()
-    code, _, err = comparison.finish(60)
+    code, _, err = comparison.finish()
 
     assert code == 1
     assert "was killed (SIGKILL)" in err.splitlines()[-1]
@@ -146,9 +149,9 @@ def test_a_killed_worker_leaves_no_cluster(start: Start) -> None:
 def test_an_error_in_a_cell_is_told_by_its_name(start: Start) -> None:
     """A folder is where its result should be."""
     comparison = start("--cores=1", epochs=100)
-    (cell,) = wait_for(comparison.training, 60, "a cell")
+    (cell,) = wait_for(comparison.training, "a cell")
     (comparison.folder / "cells" / f"{cell.name}.json").mkdir()
-    code, _, err = comparison.finish(120)
+    code, _, err = comparison.finish()
 
     assert code == 1
     assert "Traceback" not in err
@@ -164,7 +167,8 @@ def test_scorers_beside_the_training(start: Start, tmp_path: Path, cores: int) -
     seen = 0
     while comparison.process.poll() is None:
         seen = max(seen, len(comparison.processes()))
-        time.sleep(0.2)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            comparison.process.wait(0.2)
     code, out, err = comparison.finish()
 
     assert code == 0, err
@@ -176,7 +180,7 @@ def test_scorers_beside_the_training(start: Start, tmp_path: Path, cores: int) -
 
 def ended(comparison: RunningComparison) -> None:
     """Nothing is left; multiprocessing's own tracker notices a moment later that it is alone."""
-    wait_for(lambda: not comparison.processes(), 3, "the end of all processes")
+    wait_for(lambda: not comparison.processes(), "the end of all processes")
 
 
 def _pid(path: Path) -> int | None:

@@ -1,7 +1,7 @@
 """A disk that is full in mid-run, and has room again later: training goes on, what failed is said and counted."""
 
 import contextlib
-import json
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,29 +38,28 @@ def fill(disk: Path) -> Path:
 
 
 def test_a_full_disk_stops_nobody(small_disk: Path) -> None:
-    run = RunningRun(small_disk / "run", "train.epochs=100", "model.width=16", "train.save_every_steps=20")
+    run = RunningRun(small_disk / "run", "train.epochs=100000", "model.width=16", "train.save_every_steps=20")
     try:
         client = run.scored()
         filler = fill(small_disk)
         reader = ScoreReader(run.folder / "scores")
         rows, newest = reader.rows, reader.dense("model_version")
-        wait_for(lambda: client.get("/v1/stats").json()["trouble"], 60, "the controller's trouble told")
+        wait_for(lambda: client.get("/v1/stats").json()["trouble"], "the controller's trouble told")
         assert "No space left" in client.get("/v1/scorers").json()["trouble"]
         step = client.get("/v1/stats").json()["newest_step"]
         assert run.process.poll() is None
 
         filler.unlink()
-        wait_for(lambda: client.get("/v1/stats").json()["newest_step"] > step, 60, "checkpoints again")
-        wait_for(lambda: reader.refresh() and reader.rows > rows, 60, "commits again")
-        wait_for(lambda: not client.get("/v1/stats").json()["trouble"], 60, "no trouble any more")
-        code, out, err = run.finish()
+        wait_for(lambda: client.get("/v1/stats").json()["newest_step"] > step, "checkpoints again")
+        wait_for(lambda: reader.refresh() and reader.rows > rows, "commits again")
+        wait_for(lambda: not client.get("/v1/stats").json()["trouble"], "no trouble any more")
+        run.process.send_signal(signal.SIGINT)
+        code, _, err = run.finish()
     finally:
         run.stop_for_good()
 
-    assert code == 0, err
+    assert code == 130, err
     assert "Traceback" not in err
-    summary = json.loads(out)
-    assert (summary["coverage"], summary["steps"]) == (1.0, 100 * 23)
     assert (ScoreReader(run.folder / "scores").dense("model_version") >= newest).all()
     failed = {event["event"] for event in read_events(run.folder) if event["event"].endswith("_failed")}
-    assert summary["checkpoints_failed"] > 0 or "commit_failed" in failed  # what the full diary could still take
+    assert failed & {"publish_failed", "commit_failed"}  # what the full event log could still take

@@ -20,14 +20,15 @@ from shared.attempts import attempts
 from shared.events import read_events
 from tests.clusters import BIN, Cluster, cluster, namespaces_are_allowed
 from tests.system.runs import EXAMPLES, QUICKSTART, STEPPE, wait_until_scored
-from tests.waiting import wait_for
+from tests.waiting import LIMIT_S, wait_for
 
 pytestmark = pytest.mark.slow
 
 T = TypeVar("T")
 SHORT = ("train.epochs=2", "rest.port=0")
-ENOUGH = ("train.epochs=20", "model.width=16", "train.startup_wait_s=200", "rest.port=0")  # to be paused on its way
-LONG = ("train.epochs=2000", "rest.port=0")
+# Enough to be paused on its way.
+ENOUGH = ("train.epochs=20", "model.width=16", "train.startup_wait_s=200", "scoring.nice=0", "rest.port=0")
+LONG = ("train.epochs=100000", "scoring.nice=0", "rest.port=0")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def while_up(job: "subprocess.Popen[str]", condition: Callable[[], T]) -> Callab
 
 def scored(job: "subprocess.Popen[str]", root: Path) -> Path:
     """The folder of the job's run, once there are scores of all samples."""
-    folder = wait_for(while_up(job, lambda: next(root.glob("*/runtime.json"), None)), 120, "the run").parent
+    folder = wait_for(while_up(job, lambda: next(root.glob("*/runtime.json"), None)), "the run").parent
     wait_until_scored(folder, job)
     return folder
 
@@ -69,7 +70,7 @@ def test_a_job_is_followed_to_its_end_both_ways(tmp_path: Path, token: str, requ
     with cluster(token) if token else nullcontext(request.getfixturevalue("without_token")) as there:
         job = there.submit(*sets(*ENOUGH, f"run.root={tmp_path / 'a'}"))
         folder = scored(job, tmp_path / "a")
-        out, err = job.communicate(timeout=240)
+        out, err = job.communicate(timeout=4 * LIMIT_S)
 
         assert job.returncode == 0, err
         assert json.loads(out)["status"] == "SUCCEEDED"
@@ -89,14 +90,14 @@ def test_a_job_is_followed_to_its_end_both_ways(tmp_path: Path, token: str, requ
             text=True,
         )
         folder = scored(plain, tmp_path / "b")
-        out, _ = plain.communicate(timeout=240)
+        out, _ = plain.communicate(timeout=4 * LIMIT_S)
         assert plain.returncode == 0, out
         assert json.loads((folder / "summary.json").read_bytes())["coverage"] == 1.0
         wait_for(lambda: not there.actors(), what="nothing of the run left")
 
         if token:
             refused = there.submit(*sets(*SHORT, f"run.root={tmp_path / 'c'}"), token="0" * 64)
-            assert refused.wait(60) == 1
+            assert refused.wait(LIMIT_S) == 1
             assert "does not accept our token" in refused.communicate()[1]
             assert not (tmp_path / "c").exists()
 
@@ -108,12 +109,12 @@ def test_own_model_and_data_go_along_with_the_job(without_token: Cluster, tmp_pa
     (home / "runs" / "old").mkdir(parents=True)
     for name in ("run.json", "huge"):
         (home / "runs" / "old" / name).write_text("{}")
-    settings = sets("rest.port=0", "data.validation=300", "train.epochs=8")
+    settings = sets("rest.port=0", "scoring.nice=0", "data.validation=300", "train.epochs=8")
     for command, folder in (("submit", tmp_path / "a"), ("run", tmp_path / "b")):
         address = without_token.url if command == "submit" else without_token.address
         options = ["--address", address, "--json", *settings, f"--set=run.folder={folder}"]
         job = without_token.steppe(command, "own_loop.toml", *options, cwd=home)
-        _, err = job.communicate(timeout=240)
+        _, err = job.communicate(timeout=4 * LIMIT_S)
         assert job.returncode == 0, err
         summary = json.loads((folder / "summary.json").read_bytes())
         assert summary["scored_rows"] > 0
@@ -124,7 +125,7 @@ def test_own_model_and_data_go_along_with_the_job(without_token: Cluster, tmp_pa
 def test_a_failing_job_ends_with_its_exit_code(without_token: Cluster, tmp_path: Path) -> None:
     settings = sets(*SHORT, f"run.root={tmp_path}", "data.name=image_folder", f"data.root={tmp_path / 'none'}")
     job = without_token.submit(*settings)
-    out, err = job.communicate(timeout=120)
+    out, err = job.communicate(timeout=LIMIT_S)
 
     assert (job.returncode, json.loads(out)["status"]) == (1, "FAILED")
     assert f"{tmp_path / 'none'}" in err
@@ -143,7 +144,7 @@ def test_what_cannot_work_is_said_before_anything_is_sent(
     without_token: Cluster, tmp_path: Path, options: list[str], expected: str
 ) -> None:
     job = without_token.submit(*sets(f"run.root={tmp_path / 'runs'}"), *options)
-    _, err = job.communicate(timeout=60)
+    _, err = job.communicate(timeout=LIMIT_S)
 
     assert job.returncode == 1
     assert expected in err
@@ -155,16 +156,16 @@ def test_ctrl_c_stops_the_job_in_order_and_it_can_be_resumed(without_token: Clus
     folder = tmp_path / "run"
     job = without_token.submit(*sets(*LONG, f"run.folder={folder}"))
     saved = lambda: any(event["event"] == "state_saved" for event in read_events(folder))  # noqa: E731
-    wait_for(while_up(job, saved), 120, "a saved state")
+    wait_for(while_up(job, saved), "a saved state")
     job.send_signal(signal.SIGINT)
-    out, err = job.communicate(timeout=120)
+    out, err = job.communicate(timeout=LIMIT_S)
 
     assert (job.returncode, json.loads(out)["status"]) == (130, "STOPPED"), err
     assert list(read_events(folder))[-1]["event"] == "interrupted"
     wait_for(lambda: not without_token.actors(), what="nothing of the run left")
     job_id = left_running(without_token, *sets(*LONG, f"run.folder={folder}"), "--resume")
     command = [BIN / "ray", "job", "stop", "--address", without_token.url, job_id]
-    subprocess.run(command, env=without_token.environment(), capture_output=True, check=True, timeout=120)
+    subprocess.run(command, env=without_token.environment(), capture_output=True, check=True, timeout=LIMIT_S)
     wait_for(lambda: not without_token.actors(), what="nothing of the run left")
     happened = [event["event"] for event in read_events(folder)]
     assert (happened.count("resumed"), happened.count("interrupted")) == (1, 2)
@@ -184,7 +185,7 @@ def left_running(there: Cluster, *options: str) -> str:
             seen += os.read(terminal, 4096).decode(errors="replace")
         return text in seen
 
-    wait_for(lambda: reads("accuracy"), 120, "the job's progress")
+    wait_for(lambda: reads("accuracy"), "the job's progress")
     os.write(terminal, b"\x03")
     wait_for(lambda: reads("stop the job too? [Y/n]"), what="the question")
     os.write(terminal, b"n\n")
@@ -204,7 +205,7 @@ def test_a_run_folder_that_a_host_cannot_reach_is_refused(tmp_path: Path) -> Non
         hide = ("unshare", "-m", "sh", "-c", f'mount -t tmpfs none {root} && exec "$@"', "sh")
         there.join("--num-cpus=1", before=hide)
         job = there.submit(*sets(*SHORT, f"run.root={root}"))
-        _, err = job.communicate(timeout=120)
+        _, err = job.communicate(timeout=LIMIT_S)
 
         assert (job.returncode, "it does not see the run there" in err) == (1, True), err
         assert "cannot be used from all hosts of the cluster (" in err
@@ -221,18 +222,18 @@ def test_scorers_sit_on_labelled_hosts_and_leave_one_that_is_drained(tmp_path: P
 
     with cluster() as there:
         job = there.submit(*sets(*LONG, *wanted, f"run.folder={folder}"))
-        wait_for(while_up(job, lambda: happened("epoch")), 120, "training without scorers")
+        wait_for(while_up(job, lambda: happened("epoch")), "training without scorers")
         assert not happened("scorer_up")
         labelled = ("--num-cpus=2", "--labels=steppe.io/role=scorer", '--resources={"scorer": 1}')
         there.join(*labelled)
-        (up,) = wait_for(while_up(job, lambda: happened("scorer_up")), 120, "a scorer on the host that came late")
+        (up,) = wait_for(while_up(job, lambda: happened("scorer_up")), "a scorer on the host that came late")
         wait_for(while_up(job, lambda: happened("committed")), what="scores")
         there.join(*labelled)
         there.drain(up["node_id"])
-        wait_for(while_up(job, lambda: len(happened("scorer_up")) == 2), 120, "a scorer on the other host")
+        wait_for(while_up(job, lambda: len(happened("scorer_up")) == 2), "a scorer on the other host")
         other = happened("scorer_up")[1]
         job.send_signal(signal.SIGINT)
-        _, err = job.communicate(timeout=120)
+        _, err = job.communicate(timeout=LIMIT_S)
 
     assert other["node_id"] != up["node_id"]
     assert next(event["reason"] for event in happened("scorer_down")) == "drained"
@@ -248,15 +249,15 @@ def test_workers_on_a_host_that_is_drained_begin_again_on_another(tmp_path: Path
         first = there.join("--num-cpus=5", "--labels=place=first")
         job = there.submit(*sets(*LONG, *wanted, f"run.folder={folder}"))
         saved = lambda: any(event["event"] == "state_saved" for event in read_events(folder))  # noqa: E731
-        wait_for(while_up(job, saved), 120, "a saved state")
+        wait_for(while_up(job, saved), "a saved state")
         there.join("--num-cpus=5")
         there.drain(there.node_id("place", "first"))
-        wait_for(while_up(job, lambda: len(attempts(folder)) == 2), 120, "the second attempt")
+        wait_for(while_up(job, lambda: len(attempts(folder)) == 2), "the second attempt")
         assert first.poll() is None
         again = attempts(folder)[1]
-        wait_for(while_up(job, lambda: last_step(folder) > again.fork_step), 120, "training elsewhere")
+        wait_for(while_up(job, lambda: last_step(folder) > again.fork_step), "training elsewhere")
         job.send_signal(signal.SIGINT)
-        _, err = job.communicate(timeout=120)
+        _, err = job.communicate(timeout=LIMIT_S)
 
     assert "a host of the trainer is about to go" in err
     assert f"resumed at step {again.fork_step}" in err

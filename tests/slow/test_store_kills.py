@@ -27,14 +27,10 @@ N = 1000
 
 
 def test_a_killed_writer_loses_no_reported_row(tmp_path: Path) -> None:
-    """Whatever a reader saw meanwhile was whole, and a new one and the next writer are there at once.
-
-    How soon is for `steppe bench store-crash` to say; here a busy disk may hold them up, but no timeout does.
-    """
+    """Whatever a reader saw meanwhile was whole; how soon a new one is there is for `steppe bench store-crash`."""
     found = crash(tmp_path / "scores", KILLS)
 
     assert found["commits"] > KILLS
-    assert max(found["reader_s_max"], found["writer_s_max"]) < 5
     assert found["live_reader_refreshes"] > KILLS
 
 

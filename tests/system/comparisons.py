@@ -9,7 +9,7 @@ from typing import Any
 import psutil
 
 from tests.system.runs import STEPPE
-from tests.waiting import wait_for
+from tests.waiting import LIMIT_S, wait_for
 
 CONFIG = """
 name = "tiny"
@@ -75,7 +75,7 @@ class RunningComparison:
         """Folders of cells that are being trained."""
         return [path.parent for path in (self.folder / "cells").glob("*/run.json")]
 
-    def finish(self, timeout_s: float = 240) -> tuple[int, str, str]:
+    def finish(self, timeout_s: float = 4 * LIMIT_S) -> tuple[int, str, str]:
         """Exit code, stdout, stderr."""
         out, err = self.process.communicate(timeout=timeout_s)
         return self.process.returncode, out, err
@@ -85,7 +85,7 @@ class RunningComparison:
         self.processes()
         self.process.send_signal(signal.SIGKILL)
         self.process.communicate()
-        wait_for(lambda: not self.processes(), 30, "the end of all processes")
+        wait_for(lambda: not self.processes(), "the end of all processes")
 
     def stop_for_good(self) -> None:
         """Whatever a failed test left of it is ended."""

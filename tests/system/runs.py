@@ -5,6 +5,7 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import psutil
 from deploy.cluster import processes_of, remove_ray_folder
 from shared.events import read_events
 from shared.score_store import ScoreReader
-from tests.waiting import wait_for
+from tests.waiting import LIMIT_S, wait_for
 
 STEPPE = str(Path(sys.executable).parent / "steppe")
 EXAMPLES = Path(__file__).parents[2] / "deploy/examples"
@@ -27,7 +28,7 @@ class RunningRun:
     def __init__(self, folder: Path, *settings: str, cwd: Path | None = None) -> None:
         self.folder = folder
         self.settings = settings
-        given = (f"run.folder={folder}", "rest.port=0", *settings)
+        given = (f"run.folder={folder}", "rest.port=0", "train.startup_wait_s=200", "scoring.nice=0", *settings)
         options = [one if one.startswith("--") else f"--set={one}" for one in given]
         self.process = subprocess.Popen(
             [STEPPE, "run", str(QUICKSTART), *options, "--json"],
@@ -52,14 +53,20 @@ class RunningRun:
     def client(self) -> httpx2.Client:
         url = self.runtime()["url"]
         headers = {"Authorization": f"Bearer {(self.folder / 'token').read_text()}"}
-        return httpx2.Client(base_url=url, headers=headers, trust_env=False, timeout=30)
+        return httpx2.Client(base_url=url, headers=headers, trust_env=False, timeout=LIMIT_S)
+
+    @contextlib.contextmanager
+    def standing_still(self) -> Iterator[httpx2.Client]:
+        """Yield the client once there are scores of all samples; the trainer is stopped until the block ends."""
+        with standing_still(self.folder, self.process):
+            yield self.client()
 
     def scored(self) -> httpx2.Client:
-        """The client, once there are scores of all samples."""
-        wait_until_scored(self.folder, self.process)
-        return self.client()
+        """Return the client once there are scores of all samples."""
+        with self.standing_still() as client:
+            return client
 
-    def finish(self, timeout_s: float = 240) -> tuple[int, str, str]:
+    def finish(self, timeout_s: float = 4 * LIMIT_S) -> tuple[int, str, str]:
         """Exit code, stdout, stderr."""
         out, err = self.process.communicate(timeout=timeout_s)
         return self.process.returncode, out, err
@@ -79,8 +86,11 @@ class RunningRun:
             remove_ray_folder(json.loads((self.folder / "runtime.json").read_bytes()).get("ray_folder"))
 
 
-def wait_until_scored(folder: Path, process: "subprocess.Popen[str]") -> None:
-    """Until there are scores of all samples. The trainer stands still meanwhile, so that it cannot end before.
+@contextlib.contextmanager
+def standing_still(folder: Path, process: "subprocess.Popen[str]") -> Iterator[None]:
+    """Stop the trainer (SIGSTOP) of a run soon after its first checkpoint, and enter once all samples have scores.
+
+    Whatever the block does, the training cannot end before it.
 
     Args:
         process: of the run, or of a job that follows it; it may not end either.
@@ -96,9 +106,16 @@ def wait_until_scored(folder: Path, process: "subprocess.Popen[str]") -> None:
     def is_scored() -> bool:
         return bool((ScoreReader(folder / "scores").dense("model_version") >= 0).all())
 
-    paused = wait_for(driver, 200, "a trainer that has published, and a scorer")
+    paused = wait_for(driver, "a trainer that has published, and a scorer")
     paused.suspend()
     try:
         wait_for(is_scored, what="scores of all samples")
+        yield
     finally:
         paused.resume()
+
+
+def wait_until_scored(folder: Path, process: "subprocess.Popen[str]") -> None:
+    """Return once there are scores of all samples; the trainer stands still until then."""
+    with standing_still(folder, process):
+        pass

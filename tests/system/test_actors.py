@@ -20,13 +20,13 @@ from shared.datasets import load_dataset
 from shared.events import Events, read_events
 from shared.models import build_model
 from shared.score_store import ScoreReader
-from tests.waiting import wait_for
+from tests.waiting import LIMIT_S, wait_for
 
 CONFIG = RunConfig.model_validate(
     {
         "data": {"name": "digits", "subset": 600},
         "model": {"width": 8},
-        "scoring": {"replicas": 1, "cpus": 0.1},
+        "scoring": {"replicas": 1, "cpus": 0.1, "nice": 1},
         "controller": {"block_size": 100},
         "rest": {"port": 0},
     }
@@ -63,7 +63,7 @@ class Parts:
 
     def close(self) -> None:
         self.fleet.stop()
-        ray.get([self.controller.close.remote(), self.rest.stop.remote()], timeout=30)
+        ray.get([self.controller.close.remote(), self.rest.stop.remote()], timeout=LIMIT_S)
         ray.kill(self.controller)
         ray.kill(self.rest)
 
@@ -79,12 +79,12 @@ def test_scorers_follow_checkpoints_and_rest_tells(parts: Parts) -> None:
     """Checkpoint in, difficulty out: every sample is scored at the newest version, through real processes."""
     torch.manual_seed(0)
     model = build_model(CONFIG.model, parts.dataset)
-    url, *_ = ask(parts.rest.start.remote(), 60.0)
+    url, *_ = ask(parts.rest.start.remote(), LIMIT_S)
     client = httpx2.Client(base_url=url, trust_env=False)
     assert client.get("/readyz").status_code == 503
-    ask(parts.controller.status.remote(), 60.0)  # the store is there: the service may have started before it
+    ask(parts.controller.status.remote(), LIMIT_S)  # the store is there: the service may have started before it
     assert client.get("/v1/samples/5").json()["status"] == "unscored"
-    assert parts.fleet.first_scorer.wait(60)
+    assert parts.fleet.first_scorer.wait(LIMIT_S)
 
     with CheckpointPublisher(parts.run.path) as publisher:
         for step in (10, 20):
@@ -108,11 +108,11 @@ def test_scorers_follow_checkpoints_and_rest_tells(parts: Parts) -> None:
 
 
 def test_scaling_through_rest_starts_and_drains_scorers(parts: Parts) -> None:
-    url, *_ = ask(parts.rest.start.remote(), 60.0)
+    url, *_ = ask(parts.rest.start.remote(), LIMIT_S)
     client = httpx2.Client(base_url=url, trust_env=False, headers={"Authorization": f"Bearer {parts.token}"})
-    assert parts.fleet.first_scorer.wait(60)
+    assert parts.fleet.first_scorer.wait(LIMIT_S)
     pids = {scorer["pid"] for scorer in parts.status()["scorers"]}
-    assert {psutil.Process(pid).nice() for pid in pids} == {19}
+    assert {psutil.Process(pid).nice() for pid in pids} == {1}
 
     refused = client.patch("/v1/scorers", json={"replicas": -1})
     assert (refused.status_code, refused.json()["detail"]) == (422, "replicas is -1; it must lie in 0..1024")
@@ -135,7 +135,7 @@ def test_scorers_that_cannot_be_placed_are_reported_with_what_is_missing(
     events = Events(parts.run.path)
     start = lambda i: hungry.remote(i, str(parts.run.path), CONFIG, parts.controller)  # noqa: E731
     fleet = Fleet(parts.controller, start, ScoringConfig(cpus=100), problems.append, events)
-    wait_for(lambda: problems, 30, "the report")
+    wait_for(lambda: problems, "the report")
     wait_for(lambda: parts.status()["waiting"] == problems[0], what="the controller telling so")
     lacking = fleet.lacking()
     fleet.stop()
@@ -147,7 +147,7 @@ def test_scorers_that_cannot_be_placed_are_reported_with_what_is_missing(
 
 
 def test_a_scorer_that_gets_sigterm_hands_in_what_it_has_and_is_replaced(parts: Parts) -> None:
-    assert parts.fleet.first_scorer.wait(60)
+    assert parts.fleet.first_scorer.wait(LIMIT_S)
     with CheckpointPublisher(parts.run.path) as publisher:
         publisher.publish(build_model(CONFIG.model, parts.dataset), 10)
         (scorer,) = wait_for(lambda: [one for one in parts.status()["scorers"] if one["scored"]], what="scores")
@@ -161,12 +161,3 @@ def test_a_scorer_that_gets_sigterm_hands_in_what_it_has_and_is_replaced(parts: 
 
 def happened(parts: Parts, name: str) -> list[dict[str, Any]]:
     return [event for event in read_events(parts.run.path) if event["event"] == name]
-
-
-def test_a_change_without_the_token_is_refused(parts: Parts) -> None:
-    url, *_ = ask(parts.rest.start.remote(), 60.0)
-    answer = httpx2.patch(f"{url}/v1/scorers", json={"replicas": 3}, trust_env=False)
-
-    assert answer.status_code == 401
-    assert answer.headers["content-type"] == "application/problem+json"
-    assert parts.status()["wanted"] == 1

@@ -28,7 +28,7 @@ def killed(place: Path) -> Iterator[tuple[dict[str, int], tuple[int, str, str]]]
     first = RunningComparison(config, folder)
     second = None
     try:
-        wait_for(first.results, 60, "the first cell")
+        wait_for(first.results, "the first cell")
         first.kill()
         before = first.results()
         second = RunningComparison(config, folder, "--json")
@@ -124,7 +124,7 @@ def test_two_at_once_are_refused(place: Path) -> None:
     config, folder = write_config(place), place / "twice"
     first = RunningComparison(config, folder)
     try:
-        wait_for(lambda: (folder / "lock").exists() and first.processes(), 60, "the first one at work")
+        wait_for(lambda: (folder / "lock").exists() and first.processes(), "the first one at work")
         with pytest.raises(RunError, match="another steppe compare is at work"):
             compare(read_config(CompareConfig, config), folder, "", 2, str)
     finally:

@@ -224,7 +224,11 @@ def test_a_training_stopped_twice_in_the_middle_of_epochs_goes_on_bit_for_bit(
     assert lives[2][0].result.draws.total == whole[0].result.draws.total == 3 * SAMPLES
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 3)], ids=["2 to 1", "1 to 2", "2 to 3"])
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [pytest.param(2, 1, marks=pytest.mark.slow), pytest.param(1, 2, marks=pytest.mark.slow), (2, 3)],
+    ids=["2 to 1", "1 to 2", "2 to 3"],
+)
 def test_another_number_of_ranks_trains_on_the_remaining_positions(tmp_path: Path, before: int, after: int) -> None:
     """Batches of 12, stopped in the middle of the first epoch."""
     config = make_config(batch_size=12, sam=SamConfig(sync_first=True))

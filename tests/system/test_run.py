@@ -30,15 +30,14 @@ def test_training_goes_on_when_everything_else_is_stopped(started: list[RunningR
     """Controller, scorers and REST service hang (SIGSTOP); the trainer goes to the end of its steps."""
     run = RunningRun(run_folder, "train.epochs=25", "model.width=16")
     started.append(run)
-    client, runtime = run.scored(), run.runtime()
-    scorers = [scorer["pid"] for scorer in client.get("/v1/scorers").json()["scorers"]]
-    newest = client.get("/v1/checkpoints").json()["checkpoints"][0]["model_version"]
-    hung = [psutil.Process(pid) for pid in (*scorers, *runtime["pids"].values())]
-    assert len(hung) == 3
-    assert {process.pid for process in hung} <= {process.pid for process in run.processes()}
-
-    for process in hung:
-        process.send_signal(signal.SIGSTOP)
+    with run.standing_still() as client:
+        scorers = [scorer["pid"] for scorer in client.get("/v1/scorers").json()["scorers"]]
+        newest = client.get("/v1/checkpoints").json()["checkpoints"][0]["model_version"]
+        hung = [psutil.Process(pid) for pid in (*scorers, *run.runtime()["pids"].values())]
+        assert len(hung) == 3
+        assert {process.pid for process in hung} <= {process.pid for process in run.processes()}
+        for process in hung:
+            process.send_signal(signal.SIGSTOP)
     code, out, err = run.finish()
 
     assert code == 0, err
@@ -63,7 +62,7 @@ def test_down_stops_a_run_and_leaves_nothing_behind(
     run = RunningRun(run_folder, "train.epochs=1000", cwd=home)
     started.append(run)
     client, runtime = run.client(), run.runtime()
-    wait_for(lambda: client.get("/v1/stats").json()["scored_rows"] > 0, 120, "first scores")
+    wait_for(lambda: client.get("/v1/stats").json()["scored_rows"] > 0, "first scores")
     token = run_folder / "token"
     assert stat.S_IMODE(token.stat().st_mode) == 0o600
 
@@ -72,7 +71,7 @@ def test_down_stops_a_run_and_leaves_nothing_behind(
     )
     assert json.loads(query.stdout)["sample_id"] == [1, 2]
     down = subprocess.run([STEPPE, "down", str(run_folder)], capture_output=True, text=True, check=True)
-    code, _, err = run.finish(60)
+    code, _, err = run.finish()
 
     assert "stopped" in down.stdout
     assert code == 130
@@ -91,7 +90,7 @@ def test_ctrl_c_ends_a_run_before_training_began(started: list[RunningRun], run_
     wait_for((run_folder / "run.json").exists, what="the run folder")
 
     os.kill(run.process.pid, signal.SIGINT)
-    code, _, err = run.finish(60)
+    code, _, err = run.finish()
 
     assert code == 130
     assert "Traceback" not in err

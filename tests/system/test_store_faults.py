@@ -18,7 +18,7 @@ from tests.store_story import Latest, N, Story, fail_in_turn, read
 SHARE_OF_CALLS = 0.25  # at which a power cut that leaves something is tried
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [pytest.param(seed, marks=[pytest.mark.slow] * (seed > 1)) for seed in range(8)])
 def test_a_power_cut_at_any_call_loses_no_reported_row(tmp_path: Path, seed: int) -> None:
     """At each call the disk is looked at as a power cut would leave it: nothing unsynced is left, or some of it."""
     chance = None if seed == 0 else random.Random(seed)
@@ -48,8 +48,8 @@ def test_a_power_cut_at_any_call_loses_no_reported_row(tmp_path: Path, seed: int
 
 @pytest.mark.parametrize("kind", [kind for kind in CALLS if kind != "mkdir"])
 def test_each_call_fails_up_to_three_times_and_nothing_is_lost(tmp_path: Path, kind: str) -> None:
-    """Every fifth in turn here; every one of them is `test_every_call_fails` in the slow tier."""
-    fail_in_turn(tmp_path, kind, range(1, 1000, 5))
+    """Every eleventh in turn here; all of them are `test_every_call_fails` in the slow tier."""
+    fail_in_turn(tmp_path, kind, range(1, 1000, 11))
 
 
 def test_a_folder_that_cannot_be_made_at_first(tmp_path: Path) -> None:
