@@ -13,7 +13,7 @@ from shared.config import read_config
 from shared.errors import ConfigError, RunError
 from tests.system.comparisons import CELLS, RunningComparison, outcomes, write_config
 from tests.system.runs import STEPPE
-from tests.waiting import wait_for
+from tests.waiting import LIMIT_S, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +32,7 @@ def killed(place: Path) -> Iterator[tuple[dict[str, int], tuple[int, str, str]]]
         first.kill()
         before = first.results()
         second = RunningComparison(config, folder, "--json")
-        yield before, second.finish(120)
+        yield before, second.finish()
     finally:
         for started in (first, second):
             if started is not None:
@@ -120,8 +120,8 @@ def test_a_report_trains_nothing(place: Path, killed: tuple[dict[str, int], tupl
     assert found["candidate_label"] == "renamed"
 
 
-def test_two_at_once_are_refused(place: Path) -> None:
-    config, folder = write_config(place), place / "twice"
+def test_two_at_once_are_refused(tmp_path: Path) -> None:
+    config, folder = write_config(tmp_path, epochs=100000), tmp_path / "twice"
     first = RunningComparison(config, folder)
     try:
         wait_for(lambda: (folder / "lock").exists() and first.processes(), "the first one at work")
@@ -135,7 +135,7 @@ def test_a_mistake_ends_in_one_line_and_trains_nothing(place: Path) -> None:
     path, folder = write_config(place), place / "wrong"
     options = ["--set=base.train.epoch=4", f"--folder={folder}"]
     done = subprocess.run(
-        [STEPPE, "compare", str(path), *options], capture_output=True, text=True, timeout=60, check=False
+        [STEPPE, "compare", str(path), *options], capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
 
     assert (done.returncode, done.stdout) == (1, "")
