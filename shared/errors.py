@@ -24,7 +24,21 @@ All of them survive pickling, so that they keep their type across Ray actors.
 
 
 class SteppeError(Exception):
-    """Base of steppe's errors. The message names the value, the limit and the fix."""
+    """Base of steppe's errors. `str()` joins the fields; code that decides and tests read the fields.
+
+    Args:
+        problem: what is wrong, with the value and the limit.
+        fix: what the user can do about it; empty where nobody can.
+        key: the setting ("train.epochs"), argument ("epsilon"), option ("--port"), file or sample that `problem` is
+            about; empty where there is none.
+    """
+
+    def __init__(self, problem: str = "", *, fix: str = "", key: str = "") -> None:
+        super().__init__(problem)
+        self.problem, self.fix, self.key = problem, fix, key
+
+    def __str__(self) -> str:
+        return f"{self.problem}; {self.fix}" if self.fix else self.problem
 
 
 class ConfigError(SteppeError, ValueError):
@@ -44,15 +58,12 @@ class StoreError(SteppeError):
 
 
 class StoreCorrupt(StoreError):
-    """A file of the score store is torn, altered or missing; the message names it, and `file` is its path."""
-
-    file = ""
+    """A file of the score store is torn, altered or missing; `key` is its path."""
 
     @classmethod
     def of(cls, file: object, problem: object) -> "StoreCorrupt":
-        error = cls(f"{file} {problem}; restore it from a copy")
-        error.file = str(file)
-        return error
+        """Name the file, what is wrong with it, and the fix."""
+        return cls(f"{file} {problem}", fix="restore it from a copy", key=str(file))
 
 
 class StoreMismatch(StoreError, ValueError):

@@ -13,10 +13,16 @@ CLASSES = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if ki
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
 def test_survives_pickle(kind: type[SteppeError]) -> None:
     """Ray pickles what an actor raises; the type is what callers catch."""
-    error = pickle.loads(pickle.dumps(kind("epsilon is -1; it must be at least 0")))  # noqa: S301
+    raised = kind("epsilon is -1", fix="set it to 0 or more", key="epsilon")
+    error = pickle.loads(pickle.dumps(raised))  # noqa: S301
 
-    assert (type(error), str(error)) == (kind, "epsilon is -1; it must be at least 0")
     assert isinstance(error, SteppeError)
+    assert (type(error), error.problem, error.fix, error.key) == (kind, raised.problem, raised.fix, raised.key)
+    assert str(error) == str(raised) == "epsilon is -1; set it to 0 or more"
+
+
+def test_without_a_fix_the_problem_is_the_message() -> None:
+    assert str(SteppeError("epsilon is -1")) == "epsilon is -1"
 
 
 def test_the_drawn_tree_is_the_real_one() -> None:
