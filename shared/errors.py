@@ -2,6 +2,7 @@
 
     SteppeError
     ├── ConfigError (ValueError)       a setting that cannot work
+    │   └── ConfigErrors               several such settings at once
     ├── DataError (ValueError)         samples or labels that cannot be used
     │   └── DatasetMissing             the data set is not on this machine
     ├── StoreError                     the score store
@@ -21,6 +22,9 @@
 
 All of them survive pickling, so that they keep their type across Ray actors.
 """
+
+from collections.abc import Sequence
+from typing import Self
 
 
 class SteppeError(Exception):
@@ -43,6 +47,21 @@ class SteppeError(Exception):
 
 class ConfigError(SteppeError, ValueError):
     """A setting that cannot work."""
+
+
+class ConfigErrors(ConfigError):
+    """Several settings that cannot work: `errors`. `problem` has a line for each, `key` is the first one's."""
+
+    def __init__(
+        self, problem: str = "", *, fix: str = "", key: str = "", errors: tuple[ConfigError, ...] = ()
+    ) -> None:
+        super().__init__(problem, fix=fix, key=key)
+        self.errors = errors
+
+    @classmethod
+    def of(cls, errors: Sequence[ConfigError]) -> Self:
+        """Join them; there must be one at least."""
+        return cls("\n".join(map(str, errors)), key=errors[0].key, errors=tuple(errors))
 
 
 class DataError(SteppeError, ValueError):

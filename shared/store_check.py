@@ -64,7 +64,8 @@ def stats(uri: str | os.PathLike[str]) -> dict[str, Any]:
     description = store.describe()
     found = manifests(store)
     if not found:
-        raise StoreError(f"{store.path} has no manifest yet; a ScoreWriter writes the first one")
+        fix = "open a ScoreWriter, which writes the first one"
+        raise StoreError(f"{store.path} has no manifest yet", fix=fix, key=str(store.path))
     newest, *earlier = found
     named = {(kind, part.name): part.bytes for m in (newest, *earlier) for kind, part in m.parts()}
     there = {}

@@ -21,6 +21,7 @@ from shared.checkpoints import CheckpointPublisher
 from shared.errors import ServiceError, StateError
 from shared.schema import MEASURED_COLUMNS
 from shared.score_store import ScoreReader
+from tests.raising import refuses
 from tests.scorers import (
     SAMPLES,
     LocalLeases,
@@ -78,7 +79,7 @@ def test_no_lease_is_taken_before_verified_weights(tmp_path, controller, publish
 
 
 def test_score_without_weights_is_refused(tmp_path, controller):
-    with pytest.raises(StateError, match="before any checkpoint"):
+    with refuses(StateError):
         make_worker(tmp_path, LocalLeases(controller)).score(np.arange(3))
 
 
