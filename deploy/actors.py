@@ -30,6 +30,7 @@ Handle = Any  # a Ray actor handle, whose methods are made at run time
 T = TypeVar("T")
 CONTROLLER_TIMEOUT_S = 2.0
 REOPEN_INTERVAL_S = 1.0
+LOOK = "look into the logs of the run"
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ class ControllerActor:
         self._open = functools.partial(
             Controller, run_uri, num_samples, scoring_id, config, wanted=wanted, measure=measure
         )
-        self._events = Events(run_uri)
+        self._run_uri, self._events = run_uri, Events(run_uri)
         self._opened: Controller | None = None
         self._trouble: SteppeError = ServiceError("")
         self._not_before = 0.0
@@ -165,7 +166,11 @@ class ControllerActor:
             except Exception as error:  # whatever it is: the training goes on, and the next one tries again
                 logger.warning("the controller cannot open the score store: %s", error)
                 self._not_before = time.monotonic() + REOPEN_INTERVAL_S
-                trouble = ServiceError(f"the controller cannot open the score store: {error}")
+                trouble = ServiceError(
+                    f"the controller cannot open the score store: {error}",
+                    fix=f"see {self._run_uri}/logs/controller.log; it is tried again by itself",
+                    key=self._run_uri,
+                )
                 self._trouble = error if isinstance(error, StoreMismatch) else trouble
                 raise self._trouble from error
             self._events.append("controller_up", pid=os.getpid())
@@ -203,10 +208,10 @@ def ask(ref: "ray.ObjectRef[T]", timeout_s: float = CONTROLLER_TIMEOUT_S) -> T:
     try:
         return ray.get(ref, timeout=timeout_s)
     except ray.exceptions.GetTimeoutError as error:
-        raise ServiceError(f"no answer within {timeout_s:g} s") from error
+        raise ServiceError(f"no answer within {timeout_s:g} s", fix=LOOK) from error
     except ray.exceptions.RayActorError as error:
         logger.debug("%s", error)
-        raise ServiceError(f"the process is gone: {first_line(error)}") from error
+        raise ServiceError(f"the process is gone: {first_line(error)}", fix=LOOK) from error
     except ray.exceptions.RayTaskError as error:
         raise (error.cause if isinstance(error.cause, SteppeError) else error) from None
 
@@ -225,7 +230,7 @@ def _future(ref: "ray.ObjectRef[T]") -> "Future[T]":
         if error is None:
             answer.set_result(inner.result())
         elif isinstance(error, ray.exceptions.RayActorError):
-            answer.set_exception(ServiceError(f"the controller is gone: {first_line(error)}"))
+            answer.set_exception(ServiceError(f"the controller is gone: {first_line(error)}", fix=LOOK))
         else:
             answer.set_exception(error)
 

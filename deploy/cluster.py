@@ -87,8 +87,9 @@ def joined_cluster(address: str, run: Run, code: Path | None = None) -> Iterator
 
     if address.startswith("ray://"):
         raise ConfigError(
-            f"--address is {address}, a Ray client's; start the run on the cluster: steppe submit CONFIG --address "
-            "http://HEAD:8265"
+            f"--address is {address}, a Ray client's",
+            fix="start the run on the cluster: steppe submit CONFIG --address http://HEAD:8265",
+            key="--address",
         )
     on_sigterm, is_joined = signal.getsignal(signal.SIGTERM), False
     try:
@@ -110,7 +111,11 @@ def joined_cluster(address: str, run: Run, code: Path | None = None) -> Iterator
     except (RuntimeError, ConnectionError, ValueError) as error:
         if is_joined or isinstance(error, SteppeError):
             raise
-        raise ConfigError(f"--address {address} cannot be joined: {error}") from error
+        raise ConfigError(
+            f"--address {address} cannot be joined: {error}",
+            fix="name a Ray cluster that is up, of the same Ray and Python as here",
+            key="--address",
+        ) from error
     except SystemExit as error:
         raise KeyboardInterrupt from error
     finally:
@@ -144,8 +149,9 @@ def check_reachable(run: Run) -> None:
         reasons += [f"{node['NodeManagerAddress']}: {reason}"] if reason else []
     if reasons:
         raise ConfigError(
-            f"the run's folder {run.path} cannot be used from all hosts of the cluster ({'; '.join(reasons)}); set "
-            "run.root, or run.folder, to a folder that all of them share, such as a network disk"
+            f"the run's folder {run.path} cannot be used from all hosts of the cluster ({'; '.join(reasons)})",
+            fix="set run.root, or run.folder, to a folder that all of them share, such as a network disk",
+            key="run.folder",
         )
 
 

@@ -41,7 +41,9 @@ class RunConfig(Config):
         if self.run.replay is not None and self.scoring.mode != "off":
             raise ConfigError(
                 f"run.replay is {self.run.replay!r}, whose draws are taken as they were, but scoring.mode is "
-                f'{self.scoring.mode!r}; set scoring.mode to "off"'
+                f"{self.scoring.mode!r}",
+                fix='set scoring.mode to "off"',
+                key="scoring.mode",
             )
         return self
 
@@ -50,7 +52,9 @@ class RunConfig(Config):
         if self.scoring.mode == "every_epoch" and self.trainer.num_workers:
             raise ConfigError(
                 f"trainer.num_workers is {self.trainer.num_workers}, but scoring.mode every_epoch scores inside one "
-                'process; set trainer.num_workers to 0, or scoring.mode to "async"'
+                "process",
+                fix='set trainer.num_workers to 0, or scoring.mode to "async"',
+                key="trainer.num_workers",
             )
         return self
 
@@ -61,6 +65,8 @@ class RunConfig(Config):
         if is_used and not limits.min_replicas <= replicas <= limits.max_replicas:
             raise ConfigError(
                 f"scoring.replicas is {replicas}, with which autoscaling begins, but controller.autoscale allows "
-                f"{limits.min_replicas}..{limits.max_replicas}; set it within, or min_replicas or max_replicas"
+                f"{limits.min_replicas}..{limits.max_replicas}",
+                fix="set it within, or min_replicas or max_replicas",
+                key="scoring.replicas",
             )
         return self

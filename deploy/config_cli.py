@@ -41,23 +41,18 @@ def show(config: ConfigFile, settings: Settings = [], as_json: AsJson = False) -
 def validate(config: ConfigFile, settings: Settings = []) -> None:  # noqa: B006
     """Whether a run could be made of it: keys and values, the data set, and what of the training must fit it."""
     from deploy.config import RunConfig
-    from deploy.plan import untrainable
+    from deploy.plan import check_batches
     from shared.config import read_config
     from shared.datasets import local_dataset
 
     resolved = read_config(RunConfig, config, settings)
-    errors = []
     try:
-        errors += untrainable(resolved, len(local_dataset(resolved.data).train))
-    except DatasetMissing as error:
-        if resolved.data.download:
-            typer.echo(f"{error}; what must fit the data was not checked", err=True)
-        else:
-            errors.append(str(error))
+        check_batches(resolved, len(local_dataset(resolved.data).train))
     except SteppeError as error:
-        errors.append(str(error))
-    if errors:
-        raise ConfigError("\n".join([f"{config} is not valid", *errors]))
+        if not (isinstance(error, DatasetMissing) and resolved.data.download):
+            error.problem = f"{config} is not valid\n{error.problem}"
+            raise
+        typer.echo(f"{error.problem}; what must fit the data was not checked", err=True)
     typer.echo(f"{config} is valid")
 
 
@@ -69,15 +64,15 @@ def init(
     """Copy a shipped configuration to PATH, to be changed there."""
     known = {file.stem: file for file in sorted(TEMPLATES.glob("*.toml"))}
     if template not in known:
-        raise ConfigError(f"no template {template!r}; known: {', '.join(known)}")
+        raise ConfigError(f"no template {template!r}", fix=f"choose one of {', '.join(known)}", key="--template")
     content = known[template].read_bytes()
     try:
         with open(path, "xb") as file:
             file.write(content)
     except FileExistsError:
-        raise ConfigError(f"{path} is there already; name another file, or remove it first") from None
+        raise ConfigError(f"{path} is there already", fix="name another file, or remove it first", key=path) from None
     except OSError as error:
         raise ConfigError(
-            f"cannot write {path}: {error.strerror}; name a file in a folder that you may write to"
+            f"cannot write {path}: {error.strerror}", fix="name a file in a folder that you may write to", key=path
         ) from error
     typer.echo(f"wrote {path}; start it with: steppe run {path}")

@@ -80,8 +80,7 @@ def run_check(name: str, check: Check, place: Place) -> list[Finding]:
         found = check(place)
         return [found] if isinstance(found, Finding) else list(found)
     except SteppeError as error:
-        detail, _, fix = str(error).partition("; ")
-        return [Finding(name, "problem", detail, fix)]
+        return [Finding(name, "problem", error.problem, error.fix)]
     except Exception as error:
         return [Finding(name, "problem", f"{type(error).__name__}: {error}")]
 

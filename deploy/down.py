@@ -37,8 +37,9 @@ def _stop_driver(runtime: dict[str, object]) -> bool:
             while driver.is_running() and driver.status() != psutil.STATUS_ZOMBIE:  # a zombie waits for its parent only
                 if time.monotonic() > deadline:
                     raise ServiceError(
-                        f"the driver (pid {driver.pid}) did not stop within {STOP_TIMEOUT_S:.0f} s; "
-                        "`steppe down` once more ends it at once"
+                        f"the driver (pid {driver.pid}) did not stop within {STOP_TIMEOUT_S:.0f} s",
+                        fix="end it at once by `steppe down` once more",
+                        key=str(driver.pid),
                     )
                 time.sleep(POLL_INTERVAL_S)
         return True

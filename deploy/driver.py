@@ -33,7 +33,7 @@ from deploy.config import RunConfig
 from deploy.first_batch import check_first_batch
 from deploy.interrupts import Interrupts, interrupts
 from deploy.logs import logging_to
-from deploy.plan import untrainable
+from deploy.plan import check_batches
 from deploy.progress import Display
 from deploy.resume import check_fits, clear_leftovers
 from deploy.runtime import RuntimeFile
@@ -254,15 +254,15 @@ def check_folder_stays(config: RunConfig, *, in_job: bool) -> None:
     name, folder = ("run.folder", config.run.folder) if config.run.folder else ("run.root", config.run.root)
     if in_job and not Path(folder).is_absolute() and "://" not in folder:
         raise ConfigError(
-            f"{name} is {folder!r}, which a cluster job takes as a part of its temporary folder; set it to an absolute "
-            "path that all hosts share"
+            f"{name} is {folder!r}, which a cluster job takes as a part of its temporary folder",
+            fix="set it to an absolute path that all hosts share",
+            key=name,
         )
 
 
 def _check_trainable(config: RunConfig, dataset: Dataset) -> None:
     """What the training would only refuse after everything else was started. Raises ConfigError."""
-    if misfits := untrainable(config, len(dataset.train)):
-        raise ConfigError("\n".join(misfits))
+    check_batches(config, len(dataset.train))
     if config.train.device != "auto":
         from trainer.loop import pick_device
 

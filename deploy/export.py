@@ -64,17 +64,22 @@ def export(run: Run, *, only_suspects: bool, form: str | None, out: str | None, 
 
 def choose_format(form: str | None, out: str | None) -> str:
     """The format, and whether it can go where it is asked to. Raises ConfigError."""
-    known = ", ".join(["table", *FORMATS])
     if form is None:
         form = "table" if out is None else Path(out).suffix.removeprefix(".")
         if out is not None and form not in FORMATS:
-            raise ConfigError(f"--out {out} does not say which format; add --format {' or '.join(FORMATS)}")
+            raise ConfigError(
+                f"--out {out} does not say which format", fix=f"add --format {' or '.join(FORMATS)}", key="--format"
+            )
     if form not in ("table", *FORMATS):
-        raise ConfigError(f"no format {form!r}; known: {known}")
+        raise ConfigError(f"no format {form!r}", fix=f"choose one of table, {', '.join(FORMATS)}", key="--format")
     if form == "table" and out is not None:
-        raise ConfigError(f"--format table is for the terminal; for a file choose one of {', '.join(FORMATS)}")
+        raise ConfigError(
+            f"--format table is for the terminal, not for the file {out}",
+            fix=f"choose one of {', '.join(FORMATS)}",
+            key="--format",
+        )
     if form in BINARY and out is None:
-        raise ConfigError(f"--format {form} is not text; add --out FILE")
+        raise ConfigError(f"--format {form} is not text", fix="add --out FILE", key="--out")
     return form
 
 
@@ -157,14 +162,18 @@ def write_file(out: str, data: "bytes | pa.Buffer") -> None:
     """Write `out` whole, or leave what was there. Raises ConfigError when it cannot be written."""
     path = local_path(out)
     if path.exists() and not path.is_file():
-        raise ConfigError(f"--out {out} is there and no file; name a file")
+        raise ConfigError(f"--out {out} is there and no file", fix="name a file", key="--out")
     if not path.parent.is_dir():
-        raise ConfigError(f"--out {out}: there is no folder {path.parent}; make it first, or name another")
+        raise ConfigError(
+            f"--out {out}: there is no folder {path.parent}", fix="make it first, or name another", key="--out"
+        )
     try:
         Folder(path.parent).put(path.name, data)
     except OSError as error:
         raise ConfigError(
-            f"cannot write {out}: {error.strerror}; name a file in a folder that you may write to and that has space"
+            f"cannot write {out}: {error.strerror}",
+            fix="name a file in a folder that you may write to and that has space",
+            key="--out",
         ) from error
 
 
@@ -176,7 +185,11 @@ def _scores(run: Run) -> RunScores:
     except StoreError:
         opened = None
     if opened is None or not opened.scores.version:
-        raise StoreError(f"run {run.path} has no scores yet; to see how far it is: steppe status {run.path}")
+        raise StoreError(
+            f"run {run.path} has no scores yet",
+            fix=f"see how far it is: steppe status {run.path}",
+            key=str(run.scores_uri),
+        )
     return opened
 
 

@@ -31,26 +31,34 @@ def check_first_batch(config: RunConfig, dataset: Dataset) -> None:
         drawn_B, _ = dataset.train.for_training().batch(ids)
     if not torch.equal(x_B, again_B):
         raise ConfigError(
-            f"data.name is {config.data.name!r}, whose samples are others each time in the role score; augment in the "
-            "role train alone"
+            f"data.name is {config.data.name!r}, whose samples are others each time in the role score",
+            fix="augment in the role train alone",
+            key="data.name",
         )
     if drawn_B.shape != x_B.shape:
         raise ConfigError(
             f"data.name is {config.data.name!r}, whose samples are {tuple(drawn_B.shape[1:])} in the role train and "
-            f"{tuple(x_B.shape[1:])} in the role score; both must have one shape"
+            f"{tuple(x_B.shape[1:])} in the role score",
+            fix="let both have one shape",
+            key="data.name",
         )
     try:
         columns = score_batch(model, x_B, y_B, build_attack(config.scoring.attack))
     except DataError as error:
-        raise DataError(f"{config.model.name} and {config.data.name}: {error}") from error
+        error.problem = f"{config.model.name} and {config.data.name}: {error.problem}"
+        raise
     except Exception as error:  # it is the user's network
         first = (str(error).splitlines() or [""])[0]
         raise ConfigError(
             f"model.name is {config.model.name!r}, which cannot score a batch {tuple(x_B.shape)} of "
-            f"{config.data.name}: {type(error).__name__}: {first}"
+            f"{config.data.name}: {type(error).__name__}: {first}",
+            fix="let the network take such a batch",
+            key="model.name",
         ) from error
     if wrong := [name for name, column_B in columns.items() if not torch.isfinite(column_B.float()).all()]:
         raise ConfigError(
             f"model.name is {config.model.name!r}, which gives scores that are not finite ({', '.join(wrong)}) for a "
-            f"batch of {config.data.name}"
+            f"batch of {config.data.name}",
+            fix="let the network give finite logits for its first weights, or scale the data",
+            key="model.name",
         )

@@ -25,8 +25,9 @@ def check_packages() -> Path:
         found = spec.origin if spec and spec.origin else f"a folder {name}/"
         if Path(found).resolve().parent != own / name:
             raise ConfigError(
-                f"`import {name}` finds {found} instead of steppe's {own / name}; "
-                "start steppe from another folder, or rename yours"
+                f"`import {name}` finds {found} instead of steppe's {own / name}",
+                fix="start steppe from another folder, or rename yours",
+                key=found,
             )
     return own
 
@@ -42,11 +43,17 @@ def stage(folder: Path, working_dir: str | Path | None = None) -> None:
     if working_dir is not None:
         source = Path(working_dir).resolve()
         if not source.is_dir():
-            raise ConfigError(f"--working-dir {working_dir} is not a folder")
+            raise ConfigError(
+                f"--working-dir {working_dir} is not a folder",
+                fix="name the one with your modules",
+                key="--working-dir",
+            )
         if source != own and (strangers := [name for name in _top_names(source) if name in PACKAGES]):
             raise ConfigError(
                 f"--working-dir {working_dir} holds {' and '.join(strangers)}, which Python would find in place of "
-                "steppe's; rename yours, or send another folder"
+                "steppe's",
+                fix="rename yours, or send another folder",
+                key="--working-dir",
             )
         _copy(source, folder)
     for name in PACKAGES:

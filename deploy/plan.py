@@ -18,7 +18,7 @@ from shared.datasets import Dataset, local_dataset
 from shared.errors import ConfigError
 from shared.freshness import DEFAULT_BOUND_PASSES, DEFAULT_BOUND_VERSIONS
 from shared.storage import local_path
-from trainer.config import CurriculumConfig, batch_misfit
+from trainer.config import CurriculumConfig, check_batch
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +39,7 @@ class Measured:
     trainer_device: str
     trainer_threads: int
     gpus: int
-    misfits: list[str]
+    misfits: list[ConfigError]
 
 
 def plan(config: RunConfig) -> dict[str, Any]:
@@ -52,16 +52,23 @@ def plan(config: RunConfig) -> dict[str, Any]:
     """
     measured = measure(config)
     facts = reckon(config, measured)
-    misfits = [
-        *measured.misfits,
-        *untrainable(config, measured.num_samples),
-        *place_misfit(config),
-    ]
+    texts = [str(misfit) for misfit in misfits(config, measured, facts)]
+    return facts | {"would_start": would_start(config, measured), "does_not_fit": texts}
+
+
+def misfits(config: RunConfig, measured: Measured, facts: dict[str, Any]) -> list[ConfigError]:
+    """Find what would not be as it is asked for; `facts` are those of `reckon`."""
+    found = [*measured.misfits]
+    try:
+        check_batches(config, measured.num_samples)
+    except ConfigError as error:
+        found.append(error)
+    found += place_misfit(config)
     if _scores_beside(config):
-        misfits += blocks_misfit(config, measured.num_samples)
-        misfits += scorers_misfit(config, ray_cpus(), measured.gpus)
-        misfits += freshness_misfit(config, facts)
-    return facts | {"would_start": would_start(config, measured), "does_not_fit": misfits}
+        found += blocks_misfit(config, measured.num_samples)
+        found += scorers_misfit(config, ray_cpus(), measured.gpus)
+        found += freshness_misfit(config, facts)
+    return found
 
 
 def measure(config: RunConfig) -> Measured:
@@ -213,27 +220,30 @@ def trainer_rate(
     return 1 / _median_seconds(lambda: sam_step(model, optimizer, loss_fn, *batches.next()), device)
 
 
-def untrainable(config: RunConfig, num_samples: int) -> list[str]:
-    """What of the batches does not fit the data and the workers."""
-    misfit = batch_misfit(config.train.batch_size, num_samples, max(config.trainer.num_workers, 1))
-    return [misfit] if misfit else []
+def check_batches(config: RunConfig, num_samples: int) -> None:
+    """Raise ConfigError when the batches do not fit the data and the workers."""
+    check_batch(config.train.batch_size, num_samples, max(config.trainer.num_workers, 1))
 
 
-def blocks_misfit(config: RunConfig, num_samples: int) -> list[str]:
+def blocks_misfit(config: RunConfig, num_samples: int) -> list[ConfigError]:
     """Scorers share the data block by block."""
     size = config.controller.block_size
     if size <= num_samples:
         return []
     wanted = max(num_samples // max(config.scoring.replicas, 1), 1)
     return [
-        f"controller.block_size is {size}, but there are {num_samples} samples: they are one block, and one scorer "
-        f"works at a time; set it to {wanted} or less"
+        ConfigError(
+            f"controller.block_size is {size}, but there are {num_samples} samples: they are one block, and one scorer "
+            "works at a time",
+            fix=f"set it to {wanted} or less",
+            key="controller.block_size",
+        )
     ]
 
 
-def scorers_misfit(config: RunConfig, cpus: int, gpus: int) -> list[str]:
+def scorers_misfit(config: RunConfig, cpus: int, gpus: int) -> list[ConfigError]:
     """Scorers that Ray, which has these CPUs and GPUs, could not place; they would wait for ever."""
-    scoring, texts = config.scoring, []
+    scoring, misfits = config.scoring, []
     count, what = scoring.replicas, "scoring.replicas"
     if config.controller.autoscale.enabled:
         count, what = config.controller.autoscale.max_replicas, "controller.autoscale.max_replicas"
@@ -244,45 +254,64 @@ def scorers_misfit(config: RunConfig, cpus: int, gpus: int) -> list[str]:
         fit = there * int(1 / each + 1e-9) if key == "scoring.gpus" and each < 1 else int(there / each + 1e-9)
         if count > fit:
             unit = key.removeprefix("scoring.").upper()[:3]
-            texts.append(
-                f"{what} is {count} with {key} {each:g} each, but Ray has {there} {unit}s here: "
-                f"room for {fit}; set {what} to {fit} or {key} lower"
+            misfits.append(
+                ConfigError(
+                    f"{what} is {count} with {key} {each:g} each, but Ray has {there} {unit}s here: room for {fit}",
+                    fix=f"set {what} to {fit} or {key} lower",
+                    key=key,
+                )
             )
-    return texts
+    return misfits
 
 
-def place_misfit(config: RunConfig) -> list[str]:
+def place_misfit(config: RunConfig) -> list[ConfigError]:
     """The run's folder and its port."""
-    texts = []
+    misfits = []
     folder = local_path(config.run.folder or config.run.root)
     if config.run.folder and (folder / "run.json").exists():
-        texts.append(f"run.folder {folder} already holds a run; set another, or leave it out for a new one")
+        misfits.append(
+            ConfigError(
+                f"run.folder {folder} already holds a run",
+                fix="set another, or leave it out for a new one",
+                key="run.folder",
+            )
+        )
     elif reason := why_unwritable(folder):
         key = "run.folder" if config.run.folder else "run.root"
-        texts.append(f"{key} is {folder}, but {reason}; set it to a folder that you may write to")
+        misfits.append(
+            ConfigError(f"{key} is {folder}, but {reason}", fix="set it to a folder that you may write to", key=key)
+        )
     try:
         bind(config.rest.host, config.rest.port).close()
     except ConfigError as error:
-        texts.append(str(error))
-    return texts
+        misfits.append(error)
+    return misfits
 
 
-def freshness_misfit(config: RunConfig, facts: dict[str, Any]) -> list[str]:
+def freshness_misfit(config: RunConfig, facts: dict[str, Any]) -> list[ConfigError]:
     """Scores that would come too late for the training to draw by them."""
-    texts = []
+    misfits = []
     first, steps = config.train.warmup_steps, facts["steps"]
     if first >= steps:
-        texts.append(
-            f"train.warmup_steps is {first}, but the training has {steps} steps: scorers get their first checkpoint at "
-            "its end; set it lower, or train.epochs higher"
+        misfits.append(
+            ConfigError(
+                f"train.warmup_steps is {first}, but the training has {steps} steps: scorers get their first "
+                "checkpoint at its end",
+                fix="set it lower, or train.epochs higher",
+                key="train.warmup_steps",
+            )
         )
     pass_seconds, training_seconds = facts["full_pass_seconds"], facts["training_seconds"]
     if pass_seconds is not None and pass_seconds > training_seconds:
-        texts.append(
-            f"a full scoring pass takes {_duration(pass_seconds)}, the whole training {_duration(training_seconds)}: "
-            "most samples never have a fresh score; set scoring.replicas or scoring.gpus higher, or train longer"
+        misfits.append(
+            ConfigError(
+                f"a full scoring pass takes {_duration(pass_seconds)}, the whole training "
+                f"{_duration(training_seconds)}: most samples never have a fresh score",
+                fix="set scoring.replicas or scoring.gpus higher, or train longer",
+                key="scoring.replicas",
+            )
         )
-    return texts
+    return misfits
 
 
 class _Batches:
@@ -331,7 +360,7 @@ def _scores_beside(config: RunConfig) -> bool:
     return config.scoring.mode in ("async", "shadow")
 
 
-def _trainer_device(config: RunConfig) -> "tuple[torch.device, list[str]]":
+def _trainer_device(config: RunConfig) -> "tuple[torch.device, list[ConfigError]]":
     """The device to train on; one that is not here is said, and the CPU measured instead."""
     import torch
 
@@ -340,7 +369,7 @@ def _trainer_device(config: RunConfig) -> "tuple[torch.device, list[str]]":
     try:
         return pick_device(config.train.device), []
     except ConfigError as error:
-        return torch.device("cpu"), [str(error)]
+        return torch.device("cpu"), [error]
 
 
 @contextlib.contextmanager

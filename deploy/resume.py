@@ -60,14 +60,17 @@ def find_resumable(path: str, settings: Sequence[str] = ()) -> Resumable:
         run = Run(config.run.folder) if config.run.folder else _newest_unfinished(config.run.root)
     if not run.is_trained_here:
         raise RunError(
-            f"{run.path} is trained by a loop of your own, which goes on with its own script; to score for it: "
-            "steppe score CONFIG"
+            f"{run.path} is trained by a loop of your own, which goes on with its own script",
+            fix="score for it: steppe score CONFIG",
+            key=str(run.path),
         )
     state = run.state()
     if state == RunState.RUNNING:
-        raise RunError(f"{run.path} is running; stop it first: steppe down {run.path}")
+        raise RunError(f"{run.path} is running", fix=f"stop it first: steppe down {run.path}", key=str(run.path))
     if state == RunState.FINISHED or (run.path / "summary.json").exists():
-        raise RunError(f"{run.path} is finished, its results are in summary.json; start a new run")
+        raise RunError(
+            f"{run.path} is finished, its results are in summary.json", fix="start a new run", key=str(run.path)
+        )
     _check_settings(config, run)
     return Resumable(run, config)
 
@@ -79,7 +82,9 @@ def check_fits(run: Run, config: RunConfig, dataset: Dataset) -> None:
     if (found := run.description["scoring_id"]) != config.scoring.scoring_id:
         raise RunError(
             f"{run.path} holds scores with scoring_id {found}, these settings make {config.scoring.scoring_id}: the "
-            "attack is another; resume with the same, or start a new run"
+            "attack is another",
+            fix="resume with the same, or start a new run",
+            key="scoring.attack",
         )
 
 
@@ -105,7 +110,9 @@ def _known_settings(run: Run) -> dict[str, Any]:
         make_config(RunConfig, settings)
     except ConfigError as error:
         raise RunError(
-            f"{run.path / 'run.json'} is of another version of steppe; resume with that version:\n{error}"
+            f"{run.path / 'run.json'} is of another version of steppe ({error.problem})",
+            fix="resume with that version",
+            key=str(run.path / "run.json"),
         ) from error
     return settings
 
@@ -114,7 +121,11 @@ def _newest_unfinished(root: str) -> Run:
     for run in reversed(all_runs(root)):
         if run.is_trained_here and run.state() != RunState.RUNNING and not (run.path / "summary.json").exists():
             return run
-    raise RunError(f"no unfinished run in {Path(root).absolute()}; name its folder: steppe run FOLDER --resume")
+    raise RunError(
+        f"no unfinished run in {Path(root).absolute()}",
+        fix="name its folder: steppe run FOLDER --resume",
+        key=str(Path(root).absolute()),
+    )
 
 
 def _check_settings(config: RunConfig, run: Run) -> None:
@@ -122,8 +133,9 @@ def _check_settings(config: RunConfig, run: Run) -> None:
     for key in sorted(now.keys() | then.keys()):
         if now.get(key) != then.get(key) and not key.startswith(MAY_CHANGE):
             raise ConfigError(
-                f"{key} is {now.get(key)!r}, but {run.path} was started with {then.get(key)!r}; "
-                "resume with the same, or start a new run"
+                f"{key} is {now.get(key)!r}, but {run.path} was started with {then.get(key)!r}",
+                fix="resume with the same, or start a new run",
+                key=key,
             )
 
 

@@ -143,11 +143,15 @@ def _resolved(config: str | os.PathLike[str] | Mapping[str, Any] | RunConfig) ->
         resolved = read_config(RunConfig, config)
     if resolved.scoring.mode not in ("async", "shadow"):
         raise ConfigError(
-            f'scoring.mode is {resolved.scoring.mode!r}, but without a trainer scorers work beside; set it to "async"'
+            f"scoring.mode is {resolved.scoring.mode!r}, but without a trainer scorers work beside",
+            fix='set it to "async"',
+            key="scoring.mode",
         )
     if resolved.trainer.num_workers:
         raise ConfigError(
-            f"trainer.num_workers is {resolved.trainer.num_workers}, but nothing is trained here; leave it out"
+            f"trainer.num_workers is {resolved.trainer.num_workers}, but nothing is trained here",
+            fix="leave it out",
+            key="trainer.num_workers",
         )
     return resolved
 
@@ -158,5 +162,5 @@ def _open(config: RunConfig) -> Run | None:
         return None
     run = Run(config.run.folder)
     if run.state() == RunState.RUNNING:
-        raise RunError(f"{run.path} is running; stop it first: steppe down {run.path}")
+        raise RunError(f"{run.path} is running", fix=f"stop it first: steppe down {run.path}", key=str(run.path))
     return run

@@ -74,7 +74,11 @@ def open_scoring(
             yield Scoring(NoScores(run.num_samples), {}, dict)
         elif mode == "every_epoch":
             if publisher is None:
-                raise ConfigError("scoring.mode every_epoch needs the trainer in this process")
+                raise ConfigError(
+                    "scoring.mode every_epoch needs the trainer in this process",
+                    fix="set trainer.num_workers to 0",
+                    key="scoring.mode",
+                )
             yield stack.enter_context(_inside_training(config, run, dataset, publisher, runtime, say, stopped))
         else:
             yield stack.enter_context(_beside_training(config, run, publisher, runtime, say))

@@ -11,21 +11,24 @@ from deploy.runtime import RuntimeFile
 from services.api import Fleet, create_app, is_loopback
 from services.client import TOKEN_VARIABLE
 from services.config import RestConfig
-from services.server import Server
+from services.server import SETTINGS, Server
 from shared.catalogue import Run, RunState
 from shared.errors import ConfigError, StoreError
 from shared.score_store import ScoreReader
 
 
-def service(run: Run, config: RestConfig, fleet: Fleet | None = None) -> Server:
-    """The service, bound and not started, as every run has it. Raises ConfigError when the port is taken.
+def service(run: Run, config: RestConfig, fleet: Fleet | None = None, *, named: tuple[str, str] = SETTINGS) -> Server:
+    """Make the service, bound and not started, as every run has it. Raises ConfigError as `services.server.bind`.
 
     Changes need the environment's STEPPE_TOKEN, else the token of the run's file, which is made.
+
+    Args:
+        named: what the user calls host and port, for the error.
     """
     loopback = is_loopback(config.host)
     token = os.environ.get(TOKEN_VARIABLE) or _token_of(run, is_needed=not loopback)
     app = create_app(run, fleet=fleet, token=token, loopback=loopback, cors_origins=config.cors_origins)
-    return Server(app, config.host, config.port)
+    return Server(app, config.host, config.port, named=named)
 
 
 def _token_of(run: Run, *, is_needed: bool) -> str | None:
@@ -37,7 +40,9 @@ def _token_of(run: Run, *, is_needed: bool) -> str | None:
             return None
         raise ConfigError(
             f"{run.path / 'token'} can be neither read nor made ({error.strerror}), and off this machine every request "
-            f"needs a token; set {TOKEN_VARIABLE} in the environment"
+            "needs a token",
+            fix=f"set {TOKEN_VARIABLE} in the environment",
+            key=str(run.path / "token"),
         ) from error
 
 
@@ -46,10 +51,8 @@ def serve(run: Run, host: str, port: int, cors_origins: Sequence[str] = ()) -> N
 
     Raises: ConfigError when the port is taken.
     """
-    try:
-        server = service(run, RestConfig(host=host, port=port, cors_origins=tuple(cors_origins)))
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("rest.", "--")) from None  # here they are options
+    config = RestConfig(host=host, port=port, cors_origins=tuple(cors_origins))
+    server = service(run, config, named=("--host", "--port"))
     runtime = None if run.state() in (RunState.RUNNING, RunState.SERVED) else RuntimeFile(run, "serve")
     with interrupts(), logging_to(run.path, "serve"):
         try:

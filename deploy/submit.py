@@ -86,7 +86,11 @@ class Submission:
                     },
                 )
             except (RuntimeError, OSError) as error:
-                raise ServiceError(f"the cluster at {self.address} did not take the job: {error}") from error
+                raise ServiceError(
+                    f"the cluster at {self.address} did not take the job: {error}",
+                    fix=f"look for the reason at {self.address}, and submit again",
+                    key="--address",
+                ) from error
 
     def follow(self, log: TextIO) -> None:
         """Copy the job's log as it grows, until the job has ended; a lost connection is taken up again.
@@ -134,8 +138,10 @@ class Submission:
                 lost_at = lost_at or time.monotonic()
                 if time.monotonic() - lost_at > LOST_AFTER_S:
                     raise ServiceError(
-                        f"the cluster at {self.address} does not answer any more ({error}); the job "
-                        f"{self.submission_id} may go on without being followed"
+                        f"the cluster at {self.address} does not answer any more ({error})",
+                        fix="look for the job, which may go on: ray job logs --follow "
+                        f"{self.submission_id} --address {self.address}",
+                        key=self.submission_id,
                     ) from error
             await asyncio.sleep(POLL_INTERVAL_S)
 
@@ -214,22 +220,30 @@ def _connect(address: str) -> "JobSubmissionClient":
 
     if not address.startswith(("http://", "https://")):
         raise ConfigError(
-            f"--address is {address!r}; a job is sent to the cluster's dashboard, such as http://HEAD:8265"
+            f"--address is {address!r}, but a job is sent to the cluster's dashboard",
+            fix="name that, such as http://HEAD:8265",
+            key="--address",
         )
     try:
         client = JobSubmissionClient(address)
     except AuthenticationError as error:
         raise ConfigError(
-            f"the cluster at {address} does not accept our token: {str(error).splitlines()[0]} Set RAY_AUTH_MODE=token "
-            "and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the cluster's"
+            f"the cluster at {address} does not accept our token: {str(error).splitlines()[0].rstrip('.')}",
+            fix="set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH, to the cluster's",
+            key="RAY_AUTH_TOKEN",
         ) from error
     except Exception as error:  # connection, TLS, another service: Ray passes on whatever its HTTP library raises
-        raise ServiceError(f"no Ray cluster answers at {address}: {error}") from error
+        raise ServiceError(
+            f"no Ray cluster answers at {address}: {error}",
+            fix="start one, or name the dashboard of one that is up",
+            key="--address",
+        ) from error
     theirs = getattr(client, "_server_ray_version", None)  # what the client has asked for its own check
     if theirs is not None and theirs != ray.__version__:
         raise ConfigError(
-            f"the cluster at {address} has Ray {theirs}, here is Ray {ray.__version__}; install ray=={theirs} here, or "
-            "the cluster's image anew"
+            f"the cluster at {address} has Ray {theirs}, here is Ray {ray.__version__}",
+            fix=f"install ray=={theirs} here, or make the cluster's image anew",
+            key="--address",
         )
     return client
 

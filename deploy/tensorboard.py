@@ -25,7 +25,11 @@ CURVES = {
 def check_tensorboard() -> None:
     """Raises ConfigError when the package is not there."""
     if importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError("run.tensorboard is true; it needs pip install 'steppe[tensorboard]'; or set it to false")
+        raise ConfigError(
+            "run.tensorboard is true, but TensorBoard is not installed",
+            fix="pip install 'steppe[tensorboard]', or set it to false",
+            key="run.tensorboard",
+        )
 
 
 class Board:

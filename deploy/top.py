@@ -32,7 +32,7 @@ def watch(run: Run, interval_s: float, count: int | None) -> None:
             except ServiceError as error:
                 if run.state() not in (RunState.RUNNING, RunState.SERVED):
                     break
-                picture = Text(f"{error}; asking again", style="yellow")
+                picture = Text(f"{error.problem}; asking again", style="yellow")
             screen.update(picture, refresh=True)
             shown += 1
             if shown == count:

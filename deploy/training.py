@@ -304,7 +304,7 @@ def _fit(config: RunConfig, run: Run, desk: "Handle", tries: int = START_TRIES) 
         result: Any = training.fit()  # its stubs are those of the first version
     except ray.exceptions.RayActorError as error:  # of Ray Train itself
         if tries == 1 or count(run.path) > begun:
-            return ServiceError(f"the training ended: {first_line(error)}")
+            return _ended(f"the training ended: {first_line(error)}", run)
         logger.warning("Ray Train ended before the training had begun, and is started again: %s", error)
         return _fit(config, run, desk, tries - 1)
     except ray.train.TrainingFailedError as error:
@@ -319,11 +319,15 @@ def _cause(error: Exception, run: Run) -> SteppeError:
 
     failures: Mapping[int, Exception] = getattr(error, "worker_failures", {})
     if not failures:
-        return ServiceError(f"the training ended: {first_line(error)}")
+        return _ended(f"the training ended: {first_line(error)}", run)
     rank = min(failures)
     if isinstance(cause := failures[rank], SteppeError):
         return cause
-    return ServiceError(f"the training ended at rank {rank}: {first_line(cause)}; see {run.path / 'logs'}")
+    return _ended(f"the training ended at rank {rank}: {first_line(cause)}", run)
+
+
+def _ended(problem: str, run: Run) -> ServiceError:
+    return ServiceError(problem, fix=f"see {run.path / 'logs'}", key=str(run.path))
 
 
 def _work(given: Mapping[str, Any]) -> "Outcome | SteppeError":

@@ -111,32 +111,52 @@ def _forward(model: nn.Module, x_BCHW: Tensor, num_labels: int) -> Tensor:
     logits_BK = logits(model(x_BCHW))
     if logits_BK.dim() != 2 or len(logits_BK) != len(x_BCHW) or logits_BK.shape[1] < 2:
         shape = tuple(logits_BK.shape)
-        raise DataError(f"the model gives logits of shape {shape}; needed is ({len(x_BCHW)}, K), K >= 2")
+        raise DataError(
+            f"the model gives logits of shape {shape}, not ({len(x_BCHW)}, K) with K >= 2",
+            fix="let it return one row of logits for each input",
+            key="model",
+        )
     if num_labels > logits_BK.shape[1]:
-        raise DataError(f"label {num_labels - 1} is outside 0..{logits_BK.shape[1] - 1}, the model's classes")
+        raise DataError(
+            f"label {num_labels - 1} is outside 0..{logits_BK.shape[1] - 1}, the model's classes",
+            fix="give the model as many classes as the labels have",
+            key="y_B",
+        )
     return logits_BK
 
 
 def _check_inputs(x_BCHW: Tensor, y_B: Tensor, attack: Attack) -> tuple[Tensor, int]:
     """The labels as int64 on the inputs' device, and one more than the highest."""
     if y_B.dim() != 1 or x_BCHW.dim() < 2 or len(x_BCHW) != len(y_B):
-        raise DataError(f"inputs of shape {tuple(x_BCHW.shape)} and labels of shape {tuple(y_B.shape)} do not match")
+        raise DataError(
+            f"inputs of shape {tuple(x_BCHW.shape)} and labels of shape {tuple(y_B.shape)} do not match",
+            fix="give one label, a number, for each input",
+            key="y_B",
+        )
     if not x_BCHW.is_floating_point():
-        raise DataError(f"inputs are {x_BCHW.dtype}; the attack needs floats, for pixels in [0, 1]")
+        raise DataError(
+            f"inputs are {x_BCHW.dtype}, and the attack needs floats",
+            fix="give such, of pixels in [0, 1]",
+            key="x_BCHW",
+        )
     if y_B.is_floating_point() or y_B.dtype == torch.bool:
-        raise DataError(f"labels are {y_B.dtype}; they must be integers")
+        raise DataError(f"labels are {y_B.dtype}", fix="give integers", key="y_B")
     y_B = y_B.to(device=x_BCHW.device, dtype=torch.int64)
     if not len(y_B):
         return y_B, 0
     lowest, highest = (int(v) for v in torch.aminmax(y_B))
     if lowest < 0:
-        raise DataError(f"label {lowest} is below 0")
+        raise DataError(f"label {lowest} is below 0", fix="number the classes from 0 up", key="y_B")
     largest = torch.finfo(x_BCHW.dtype).max
     low, high = attack.clamp or (-largest, largest)
     least, most = (float(v) for v in torch.aminmax(x_BCHW.detach()))
     if not (low <= least and most <= high):  # also when one is NaN
-        fix = "" if math.isnan(least) else "; bring them into it, or set scoring.attack.clamp to theirs, or to none"
-        raise DataError(f"inputs lie in [{least}, {most}], outside the clamp range [{low}, {high}]{fix}")
+        fix = "bring them into it, or set scoring.attack.clamp to theirs, or to none"
+        if math.isnan(least):
+            fix = "repair the samples that hold NaN, or leave them out"
+        raise DataError(
+            f"inputs lie in [{least}, {most}], outside the clamp range [{low}, {high}]", fix=fix, key="x_BCHW"
+        )
     return y_B, highest + 1
 
 

@@ -63,10 +63,14 @@ class Pgd:
     def __post_init__(self) -> None:
         _check(self.epsilon, self.norm, self.clamp)
         if self.steps < 1:
-            raise ConfigError(f"PGD with steps = {self.steps}; it needs at least 1")
+            raise ConfigError(
+                f"steps is {self.steps}, and PGD needs at least 1", fix="set it to 1 or more", key="steps"
+            )
         if not (math.isfinite(self.step_size) and self.step_size >= 0):
             raise ConfigError(
-                f"PGD with step_size = {self.step_size}; it must be a finite number from 0 up (epsilon / 4)"
+                f"step_size is {self.step_size}",
+                fix="set it to a finite number from 0 up, such as epsilon / 4",
+                key="step_size",
             )
 
     def __call__(self, x_BCHW: Tensor, grad_BCHW: Tensor, gradient: Callable[[Tensor], Tensor]) -> Tensor:
@@ -110,8 +114,14 @@ def _clamp(x_BCHW: Tensor, clamp: Clamp) -> Tensor:
 
 def _check(epsilon: float, norm: str, clamp: Clamp) -> None:
     if not (math.isfinite(epsilon) and epsilon >= 0):
-        raise ConfigError(f"epsilon is {epsilon}; it must be a finite number from 0 up, in pixel units (8/255 = 0.031)")
+        raise ConfigError(
+            f"epsilon is {epsilon}",
+            fix="set it to a finite number from 0 up, in pixel units (8/255 = 0.031)",
+            key="epsilon",
+        )
     if norm not in ("linf", "l2"):
-        raise ConfigError(f"norm is {norm!r}; known: linf, l2")
+        raise ConfigError(f"norm is {norm!r}", fix="set it to 'linf' or 'l2'", key="norm")
     if clamp is not None and not clamp[0] < clamp[1]:
-        raise ConfigError(f"clamp is {clamp}; the first must be below the second, or None for no range")
+        raise ConfigError(
+            f"clamp is {clamp}", fix="set it to (low, high), low below high, or to None for no range", key="clamp"
+        )

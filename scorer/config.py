@@ -30,7 +30,11 @@ class AttackConfig(Config):
     def _is_a_range(cls, given: object) -> object:
         if given == "none" or (isinstance(given, list | tuple) and len(given) == 2 and given[0] < given[1]):
             return given
-        raise ConfigError(f'scoring.attack.clamp is {given!r}; it must be [low, high], such as [0, 1], or "none"')
+        raise ConfigError(
+            f"scoring.attack.clamp is {given!r}",
+            fix='set it to [low, high], such as [0, 1], or to "none"',
+            key="scoring.attack.clamp",
+        )
 
     @property
     def valid(self) -> tuple[float, float] | None:
@@ -74,7 +78,9 @@ class ScoringConfig(Config):
         if self.delay_versions and self.mode != "every_epoch":
             raise ConfigError(
                 f"scoring.delay_versions is {self.delay_versions} in the mode {self.mode}, but only every_epoch can "
-                "delay; set scoring.mode to that, or leave it out"
+                "delay",
+                fix="set scoring.mode to that, or leave it out",
+                key="scoring.delay_versions",
             )
         return self
 
@@ -83,7 +89,9 @@ class ScoringConfig(Config):
         if self.fallback_labels and not self.labels:
             raise ConfigError(
                 f"scoring.fallback_labels is {list(self.fallback_labels)}, but scoring.labels, which come first, "
-                "are not set; set them, or leave both out"
+                "are not set",
+                fix="set them, or leave both out",
+                key="scoring.fallback_labels",
             )
         return self
 

@@ -179,7 +179,7 @@ class Worker:
         Raises: what scoring raises when it is not the samples' fault (`scorer.batches.BatchScorer`).
         """
         if self._checkpoint is None:
-            raise StateError("score before any checkpoint was loaded; call follow_checkpoints first")
+            raise StateError("score before any checkpoint was loaded", fix="call follow_checkpoints first")
         scored = self._scorer.score(ids, self._stop.is_set)
         if scored is None:
             return None
@@ -197,7 +197,11 @@ class Worker:
     def _measure(self, ids: Ids) -> dict[str, torch.Tensor]:
         x_BCHW, y_B = self._batches(ids)
         if len(y_B) != len(ids):
-            raise DataError(f"the data set gives {len(y_B)} samples for {len(ids)} ids")
+            raise DataError(
+                f"the data set gives {len(y_B)} samples for {len(ids)} ids",
+                fix="let it give one for each",
+                key="batches",
+            )
         return score_batch(self._model, x_BCHW.to(self._device), y_B.to(self._device), self._attack)
 
     def _take(self, checkpoint: Checkpoint) -> bool:
@@ -254,5 +258,7 @@ def _check_fits(model: nn.Module, state: Mapping[str, torch.Tensor]) -> None:
         name = wrong[0]
         raise StateError(
             f"weights of another network: {len(wrong)} tensors differ, such as {name}, which is "
-            f"{theirs.get(name, 'missing')} in the checkpoint and {ours.get(name, 'unknown')} in the model"
+            f"{theirs.get(name, 'missing')} in the checkpoint and {ours.get(name, 'unknown')} in the model",
+            fix="give the scorer the trainer's network",
+            key=name,
         )

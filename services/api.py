@@ -167,7 +167,11 @@ async def _check_parameters(request: Request) -> None:
     """Raises ConfigError for parameters that the route does not have: a misspelt limit would be none."""
     known = sorted(field.alias for field in request.scope["route"].dependant.query_params)
     if unknown := sorted(request.query_params.keys() - set(known)):
-        raise ConfigError(f"query.{unknown[0]}: there is no such parameter here; known: {', '.join(known) or 'none'}")
+        raise ConfigError(
+            f"query.{unknown[0]}: there is no such parameter here",
+            fix=f"choose one of {', '.join(known)}" if known else "give none",
+            key=unknown[0],
+        )
 
 
 async def _view_of(difficulty: Difficulty) -> View:
@@ -490,7 +494,8 @@ def _scorers(fleet: Fleet | None) -> APIRouter:
     def the_fleet() -> Fleet:
         if fleet is None:
             raise ServiceError(
-                "this service runs without scorers: the run is not up, or it is scored inside its training"
+                "this service runs without scorers: the run is not up, or it is scored inside its training",
+                fix="ask that of a run that is up and scored beside its training",
             )
         return fleet
 

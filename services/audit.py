@@ -44,7 +44,11 @@ class Audit:
 
     def __init__(self, num_samples: int, share: float, seed: int = 0, notes: Mapping[str, Any] | None = None) -> None:
         if not 0 <= share <= 1:
-            raise ConfigError(f"the audit's share of the samples is {share}; it must lie in 0..1")
+            raise ConfigError(
+                f"the audit's share of the samples is {share}, outside 0..1",
+                fix="set it to a number in it",
+                key="share",
+            )
         size = min(max(math.ceil(share * num_samples), MIN_SAMPLES), num_samples) if share else 0
         chosen = np.random.default_rng([seed, 1]).choice(num_samples, size, replace=False)
         self.ids: Ids = np.sort(chosen).astype(np.int64)

@@ -33,8 +33,9 @@ class BlockTable:
     """
 
     def __init__(self, num_samples: int, block_size: int, seed: int = 0) -> None:
-        if num_samples < 1 or block_size < 1:
-            raise ConfigError(f"num_samples is {num_samples}, block_size {block_size}; both must be at least 1")
+        for name, size in (("num_samples", num_samples), ("block_size", block_size)):
+            if size < 1:
+                raise ConfigError(f"{name} is {size}, less than 1", fix="set it to 1 or more", key=name)
         self._order = np.random.default_rng(seed).permutation(num_samples)
         self._block_size = block_size
         self._block_of = np.empty(num_samples, dtype=np.int64)  # of each sample

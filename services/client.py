@@ -15,19 +15,20 @@ import tenacity
 from services.answers import HEAD
 from services.web import ARROW
 from shared.catalogue import Run, RunState
-from shared.errors import ConfigError, DataError, RunError, ServiceError
+from shared.errors import ConfigError, DataError, RunError, ServiceError, SteppeError
 
 TOKEN_VARIABLE = "STEPPE_TOKEN"  # noqa: S105
 TIMEOUT_S = 10.0
 RETRIES = 3
 LONGEST_WAIT_S = 2.0
 _SERVE = "to ask for its scores: steppe serve {run}"
-_SCORED = "nobody scores it now; to go on: steppe score CONFIG; " + _SERVE
-_WHAT_TO_DO = {
-    RunState.FINISHED: "it is finished, its results are in its summary.json; " + _SERVE,
-    RunState.INTERRUPTED: "it was interrupted; to go on: steppe run {run} --resume; " + _SERVE,
-    RunState.KILLED: "it was killed; to go on: steppe run {run} --resume; to end what it left: steppe down {run}",
+_SCORED = ("nobody scores it now", "to go on: steppe score CONFIG; " + _SERVE)
+_STATE_AND_FIX = {
+    RunState.FINISHED: ("it is finished, its results are in its summary.json", _SERVE),
+    RunState.INTERRUPTED: ("it was interrupted", "to go on: steppe run {run} --resume; " + _SERVE),
+    RunState.KILLED: ("it was killed", "to go on: steppe run {run} --resume; to end what it left: steppe down {run}"),
 }
+_NOT_STEPPE = "check that this is the address of a steppe service"
 
 
 class Client:
@@ -62,10 +63,14 @@ class Client:
         run = run if isinstance(run, Run) else Run(run)
         runtime, state = run.runtime(), run.state()
         if not runtime or state not in (RunState.RUNNING, RunState.SERVED):
-            what = _WHAT_TO_DO[state] if run.is_trained_here else _SCORED
-            raise RunError(f"run {run.path} is not up: {what.format(run=run.path)}")
+            what, fix = _STATE_AND_FIX[state] if run.is_trained_here else _SCORED
+            raise RunError(f"run {run.path} is not up: {what}", fix=fix.format(run=run.path), key=str(run.path))
         if "url" not in runtime:
-            raise RunError(f"run {run.path} is starting and does not answer yet; try again in a few seconds")
+            raise RunError(
+                f"run {run.path} is starting and does not answer yet",
+                fix="try again in a few seconds",
+                key=str(run.path),
+            )
         token = os.environ.get(TOKEN_VARIABLE)
         with contextlib.suppress(PermissionError):  # another user's run may be read
             token = token or run.token()
@@ -176,7 +181,9 @@ class Client:
             try:
                 answer = self._http.request(method, path, params=query, content=content, headers=sent)
             except httpx2.HTTPError as error:
-                raise _Again(f"{self._http.base_url} does not answer: {error or type(error).__name__}") from error
+                url = str(self._http.base_url)
+                what = f"{url} does not answer: {error or type(error).__name__}"
+                raise _Again(what, fix="check the address, and that the service is up", key=url) from error
             if answer.is_error:
                 raise _refusal(answer)
             return answer
@@ -184,7 +191,7 @@ class Client:
         try:
             return once() if method == "PATCH" else self._again(once)
         except _Again as error:
-            raise ServiceError(str(error)) from error.__cause__
+            raise ServiceError(error.problem, fix=error.fix, key=error.key) from error.__cause__
 
 
 def facts(table: pa.Table) -> dict[str, Any]:
@@ -197,20 +204,23 @@ class _Again(ServiceError):
     """What may pass by itself."""
 
 
-def _refusal(answer: httpx2.Response) -> Exception:
+def _refusal(answer: httpx2.Response) -> SteppeError:
+    """Make the error that the service's problem document (RFC 9457) tells of."""
+    kinds: dict[int, type[SteppeError]] = {404: DataError, 406: ConfigError, 413: ConfigError, 422: ConfigError}
+    kind = kinds.get(answer.status_code, _Again if answer.status_code in (502, 503, 504) else ServiceError)
     try:
-        detail = str(answer.json()["detail"])
+        told = answer.json()
+        return kind(str(told["detail"]), fix=str(told.get("fix") or ""))
     except (ValueError, KeyError, TypeError):
-        detail = f"{answer.url} answers {answer.status_code}: {answer.text[:200]}"
-    kinds: dict[int, type[Exception]] = {404: DataError, 406: ConfigError, 413: ConfigError, 422: ConfigError}
-    return kinds.get(answer.status_code, _Again if answer.status_code in (502, 503, 504) else ServiceError)(detail)
+        url = str(answer.url)
+        return kind(f"{url} answers {answer.status_code}: {answer.text[:200]}", fix=_NOT_STEPPE, key=url)
 
 
 def _json(answer: httpx2.Response) -> dict[str, Any]:
     try:
         content: dict[str, Any] = answer.json()
     except ValueError as error:
-        raise ServiceError(f"{answer.url} answers no JSON: {answer.text[:200]}") from error
+        raise _other_answer(answer, "JSON") from error
     return content
 
 
@@ -218,4 +228,9 @@ def _table(answer: httpx2.Response) -> pa.Table:
     try:
         return pa.ipc.open_stream(answer.content).read_all()
     except (pa.ArrowException, OSError) as error:
-        raise ServiceError(f"{answer.url} answers no Arrow stream: {answer.text[:200]}") from error
+        raise _other_answer(answer, "Arrow stream") from error
+
+
+def _other_answer(answer: httpx2.Response, wanted: str) -> ServiceError:
+    url = str(answer.url)
+    return ServiceError(f"{url} answers no {wanted}: {answer.text[:200]}", fix=_NOT_STEPPE, key=url)

@@ -25,8 +25,9 @@ class AutoscaleConfig(Config):
     def _has_room(self) -> "AutoscaleConfig":
         if self.min_replicas > self.max_replicas:
             raise ConfigError(
-                f"controller.autoscale.min_replicas is {self.min_replicas}, above max_replicas, {self.max_replicas}; "
-                "set it to that or less"
+                f"controller.autoscale.min_replicas is {self.min_replicas}, above max_replicas, {self.max_replicas}",
+                fix="set it to that or less",
+                key="controller.autoscale.min_replicas",
             )
         return self
 

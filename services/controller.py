@@ -224,7 +224,9 @@ class Controller:
     def set_wanted(self, replicas: int) -> None:
         """Somebody's wish: it holds, and ends autoscaling in this attempt. Raises ConfigError outside 0..1024."""
         if not 0 <= replicas <= MAX_REPLICAS:
-            raise ConfigError(f"replicas is {replicas}; it must lie in 0..{MAX_REPLICAS}")
+            raise ConfigError(
+                f"replicas is {replicas}, outside 0..{MAX_REPLICAS}", fix="ask for a number in it", key="replicas"
+            )
         with self._lock:
             before, self._wanted = self._wanted, replicas
             self._autoscaler.wish(replicas)
@@ -439,8 +441,12 @@ class Controller:
             self._events.append("quarantine", scorer_id=scorer_id, rows=count, reason=reason)
 
     def _check(self) -> None:
-        if self._failure is not None:
-            raise ServiceError(f"the controller cannot commit any more: {self._failure}")
+        if (failure := self._failure) is not None:
+            told = SteppeError(str(failure), fix="look into the controller's log for the reason")
+            if isinstance(failure, SteppeError):
+                told = failure
+            problem = f"the controller cannot commit any more: {told.problem}"
+            raise ServiceError(problem, fix=told.fix, key=told.key) from failure
 
     def _count(self, scorer_id: str, lease_id: int, rows: int) -> None:
         now = time.monotonic()

@@ -71,7 +71,11 @@ class Samples:
     def check(self, sample_id: int) -> None:
         """Raises DataError for an id outside 0..N-1."""
         if not 0 <= sample_id < self.table.num_rows:
-            raise DataError(f"sample_id {sample_id} is outside 0..{self.table.num_rows - 1}")
+            raise DataError(
+                f"sample_id {sample_id} is outside 0..{self.table.num_rows - 1}",
+                fix="ask for one of these",
+                key=str(sample_id),
+            )
 
     def is_of_domain(self, domain: str) -> npt.NDArray[np.bool_]:
         """Shape [N]."""
@@ -250,9 +254,11 @@ class Difficulty:
         """Raises RunError when they cannot be read."""
         table = self.run.samples()
         if table.num_rows != self.run.num_samples:
+            path = self.run.path / "samples.arrow"
             raise RunError(
-                f"{self.run.path / 'samples.arrow'} has {table.num_rows} samples of {self.run.num_samples}; bring it "
-                "back from a copy"
+                f"{path} has {table.num_rows} samples of {self.run.num_samples}",
+                fix="bring it back from a copy",
+                key=str(path),
             )
         return Samples(table)
 
@@ -308,7 +314,11 @@ class Difficulty:
             now.newest_version,
             now.newest_step,
         ):
-            raise NoSuchVersion("that is of another score store than the one that is there now; begin anew")
+            raise NoSuchVersion(
+                "the cursor is of another score store than the one that is there now",
+                fix="ask without one for the first page",
+                key="cursor",
+            )
         reader = view.reader.pinned(moment.store_version)
         then = View(self.run, view.samples, reader, Scores(reader, self._measure_alone), moment, view.attempts)
         self.keep(then)
@@ -365,7 +375,11 @@ class Difficulty:
             )
             samples = self.samples
         except OSError as error:
-            raise RunError(f"cannot read {error.filename}: {error.strerror}; bring the run's files back") from error
+            raise RunError(
+                f"cannot read {error.filename}: {error.strerror}",
+                fix="bring the run's files back",
+                key=str(error.filename),
+            ) from error
         if before is not None and before.moment[:2] == moment[:2]:
             scores = before.scores
         else:
@@ -388,8 +402,9 @@ class Difficulty:
             self._opened += 1
         if reader.num_samples != self.run.num_samples:
             raise StoreMismatch(
-                f"{reader.uri} holds scores of {reader.num_samples} samples, the run has {self.run.num_samples}; bring "
-                "back the store of this run"
+                f"{reader.uri} holds scores of {reader.num_samples} samples, the run has {self.run.num_samples}",
+                fix="bring back the store of this run",
+                key=str(reader.uri),
             )
         return reader.pinned()
 
@@ -415,5 +430,6 @@ class Difficulty:
     def _measure_alone(self, reader: ScoreReader, name: str) -> tuple[Floats, Floats]:
         """Of an earlier version. Raises NoSuchVersion for a measure over versions: what was seen then is gone."""
         if find_measure(name).over_versions:
-            raise NoSuchVersion(f"{name} is of the newest version alone; begin anew")
+            fix = "begin anew, without a cursor"
+            raise NoSuchVersion(f"{name} is of the newest version alone", fix=fix, key="measure")
         return Tracker(name).update(reader)

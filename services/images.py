@@ -28,7 +28,11 @@ class Pictures:
 
         settings = self._run.description["config"].get("data")
         if settings is None:
-            raise DataError("the run was made without a configuration that names its data set: there are no images")
+            raise DataError(
+                "the run was made without a configuration that names its data set: there are no images",
+                fix="make a run with one, and ask that",
+                key="data",
+            )
         dataset = local_dataset(make_config(DataConfig, settings))
         self._run.check_dataset(dataset.fingerprint)
         return dataset.train

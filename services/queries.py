@@ -114,7 +114,11 @@ class Cursor(BaseModel):
         """Raises ConfigError when other parameters stand beside it than those of its first page."""
         own = self.selection.model_dump()
         if unlike := sorted(name for name, value in asked.items() if own[name] != value):
-            raise ConfigError(f"the cursor was made with another {', '.join(unlike)}; give none, or ask without cursor")
+            raise ConfigError(
+                f"the cursor was made with another {', '.join(unlike)}",
+                fix="give none beside it, or ask without cursor",
+                key="cursor",
+            )
 
     @classmethod
     def parse(cls, text: str) -> "Cursor":
@@ -122,7 +126,11 @@ class Cursor(BaseModel):
         try:
             return cls.model_validate_json(base64.urlsafe_b64decode(text + "=" * (-len(text) % 4)))
         except (ValidationError, binascii.Error, ValueError) as error:
-            raise DataError("this is not a cursor of this service; ask without one for the first page") from error
+            raise DataError(
+                f"{text[:100]!r} is not a cursor of this service",
+                fix="ask without one for the first page",
+                key="cursor",
+            ) from error
 
 
 def sample(view: View, sample_id: int, measure: str = DEFAULT_MEASURE, limits: Limits | None = None) -> dict[str, Any]:
@@ -353,10 +361,11 @@ def snapshot(view: View, reader: ScoreReader, since: int = 0) -> Answer:
 
 def check_since(view: View, reader: ScoreReader, since: int, store: str | None) -> None:
     """Raises NoSuchVersion when `since` is beyond the reader's version, or of another store than the view's."""
+    fix = "ask without since for everything"
     if since and store not in (None, view.store):
-        raise NoSuchVersion(f"store={store} is not the score store that is there now; ask without since for everything")
+        raise NoSuchVersion(f"store={store} is not the score store that is there now", fix=fix, key="store")
     if since > reader.version:
-        raise NoSuchVersion(f"since={since} is beyond version {reader.version}; ask without since for everything")
+        raise NoSuchVersion(f"since={since} is beyond version {reader.version}", fix=fix, key="since")
 
 
 def _counted(view: View) -> dict[str, Any]:

@@ -46,12 +46,13 @@ class Finding(BaseModel):
 
 
 class Problem(BaseModel):
-    """RFC 9457: what went wrong, with what to do."""
+    """RFC 9457: what went wrong, and what to do about it, where something can be done."""
 
     type: str
     title: str
     status: int
     detail: str
+    fix: str | None = None
     errors: list[Finding] | None = None
 
 

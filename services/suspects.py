@@ -106,8 +106,9 @@ def quality(reader: ScoreReader, samples: pa.Table) -> dict[str, Any] | None:
 def _judge(reader: ScoreReader, samples: pa.Table) -> _Judged:
     if samples.num_rows != reader.num_samples:
         raise StoreMismatch(
-            f"{samples.num_rows} samples for the {reader.num_samples} of the score store {reader.uri}; "
-            "bring the samples of the same run"
+            f"{samples.num_rows} samples for the {reader.num_samples} of the score store {reader.uri}",
+            fix="bring the samples of the same run",
+            key="samples",
         )
     rows = reader.table()
     about = samples.take(rows.column("sample_id"))

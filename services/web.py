@@ -49,10 +49,10 @@ class Json(JSONResponse):
         return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def problem(status: int, detail: str, headers: Mapping[str, str] | None = None, **more: Any) -> Response:
-    """An RFC 9457 answer; `more` are its extension members."""
-    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail, **more}
-    return Json(body, status, headers, media_type=PROBLEM)
+def problem(status: int, detail: str, fix: str = "", headers: Mapping[str, str] | None = None, **more: Any) -> Response:
+    """Make an RFC 9457 answer; `fix`, where there is one, and `more` are its extension members."""
+    body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
+    return Json(body | ({"fix": fix} if fix else {}) | more, status, headers, media_type=PROBLEM)
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -61,26 +61,28 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(SteppeError)
     def on_steppe_error(_: Request, error: SteppeError) -> Response:
         status = next((status for kind, status in STATUS_OF_ERROR if isinstance(error, kind)), 500)
-        return problem(status, str(error), {"Retry-After": "1"} if status == 503 else None)
+        return problem(status, error.problem, error.fix, {"Retry-After": "1"} if status == 503 else None)
 
     @app.exception_handler(Exception)
     def on_unexpected_error(_: Request, error: Exception) -> Response:
-        return problem(500, f"{type(error).__name__}: {error}; the service's log has more")
+        return problem(500, f"{type(error).__name__}: {error}", "look into the service's log for more")
 
     @app.exception_handler(HTTPException)
     def on_http_error(_: Request, error: HTTPException) -> Response:
         if error.status_code == 400:  # FastAPI's of a body that is no text
-            return problem(422, "body: it is not JSON; send UTF-8 text with Content-Type: application/json")
-        detail = f"{error.detail}; /v1 lists what there is" if error.status_code in (404, 405) else str(error.detail)
-        return problem(error.status_code, detail, error.headers)
+            return problem(422, "body: it is not JSON", f"send UTF-8 text with Content-Type: {JSON}")
+        fix = "see what /v1 lists" if error.status_code in (404, 405) else getattr(error, "fix", "")
+        return problem(error.status_code, str(error.detail), fix, error.headers)
 
     @app.exception_handler(RequestValidationError)
     def on_invalid_request(request: Request, error: RequestValidationError) -> Response:
         kind = request.headers.get("content-type", "none").partition(";")[0]
         if kind != JSON and any(item["loc"] == ("body",) for item in error.errors()):
-            return problem(422, f"body: its Content-Type is {kind[:100]}; send Content-Type: {JSON}")
+            return problem(422, f"body: its Content-Type is {kind[:100]}", f"send Content-Type: {JSON}")
         findings = [{"loc": ".".join(str(part) for part in item["loc"]), "msg": item["msg"]} for item in error.errors()]
-        return problem(422, "; ".join("{loc}: {msg}".format_map(one) for one in findings[:8]), errors=findings[:100])
+        detail = "; ".join("{loc}: {msg}".format_map(one) for one in findings[:8])
+        fix = f"correct {', '.join(dict.fromkeys(one['loc'] for one in findings[:8]))}"
+        return problem(422, detail, fix, errors=findings[:100])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,12 +110,12 @@ class Guard:
         headers = dict(scope["headers"])
         scheme, _, given = headers.get(b"authorization", b"").partition(b" ")
         if scheme.lower() != b"bearer":
-            detail = "send the run's token, which is in its file `token`: Authorization: Bearer <token>"
+            fix = "send it as Authorization: Bearer <token>; it is in the run folder's file `token`"
             if self.loopback and not is_trusted:
-                detail += "; reading needs none at http://localhost or http://127.0.0.1"
-            return problem(401, detail, {"WWW-Authenticate": "Bearer"})
+                fix += "; or read without it at http://localhost or http://127.0.0.1"
+            return problem(401, "the run's token is missing", fix, {"WWW-Authenticate": "Bearer"})
         if self.token is None or not secrets.compare_digest(given, self.token.encode()):
-            return problem(403, "this is not the run's token; it is in the run folder's file `token`")
+            return problem(403, "this is not the run's token", "send the one in the run folder's file `token`")
         return None
 
 
@@ -166,13 +168,13 @@ def stream(table: pa.Table, compression: str | None = None, headers: Mapping[str
 
 
 def wants_arrow(request: Request) -> bool:
-    """By Accept; JSON where both are as welcome. Raises HTTPException (406) when neither is accepted."""
+    """By Accept; JSON where both are as welcome. Raises Refused (406) when neither is accepted."""
     accept = request.headers.get("accept", "*/*")
     if accept in ("*/*", JSON):
         return False
     quality = {JSON: _quality(accept, JSON), ARROW: _quality(accept, ARROW)}
     if not any(quality.values()):
-        raise HTTPException(406, f"Accept: {accept[:200]} names neither {JSON} nor {ARROW}; send one of them")
+        raise Refused(406, f"Accept: {accept[:200]} names neither {JSON} nor {ARROW}", "accept one of them")
     return quality[ARROW] > quality[JSON]
 
 
@@ -192,11 +194,19 @@ def _quality(accept: str, kind: str) -> float:
     return quality
 
 
-class TooLong(HTTPException):
+class Refused(HTTPException):
+    """A request that cannot be answered, with what to do about it."""
+
+    def __init__(self, status: int, detail: str, fix: str) -> None:
+        super().__init__(status, detail)
+        self.fix = fix
+
+
+class TooLong(Refused):
     """A body beyond the limit."""
 
     def __init__(self) -> None:
-        super().__init__(413, f"the body is longer than {MAX_BODY_BYTES} bytes; ask in several requests")
+        super().__init__(413, f"the body is longer than {MAX_BODY_BYTES} bytes", "ask in several requests")
 
 
 class BodyLimit:
@@ -212,7 +222,7 @@ class BodyLimit:
             return
         if not stated.isdigit() or int(stated) > MAX_BODY_BYTES:
             error = TooLong()
-            await problem(413, error.detail)(scope, receive, send)
+            await problem(413, error.detail, error.fix)(scope, receive, send)
             return
         came = 0
 

@@ -45,7 +45,8 @@ def begin(uri: str | os.PathLike[str], *, fork_step: int, last_valid_version: in
     attempt = Attempt(number, fork_step, last_valid_version, first_version, now)
     name = f"{PREFIX}{number:04d}{SUFFIX}"
     if not folder.create(name, json.dumps(dataclasses.asdict(attempt), indent=1).encode()):
-        raise RunError(f"{folder.path / name} is there already: another process resumes this run; wait for it")
+        path = folder.path / name
+        raise RunError(f"{path} is there already: another process resumes this run", fix="wait for it", key=str(path))
     return attempt
 
 
@@ -59,7 +60,8 @@ def attempts(uri: str | os.PathLike[str]) -> list[Attempt]:
         try:
             found.append(Attempt(**json.loads(folder.read(name))))
         except (ValueError, TypeError) as error:
-            raise RunError(f"{folder.path / name} is damaged: {error}; restore it, or start a new run") from error
+            path, fix = folder.path / name, "restore it, or start a new run"
+            raise RunError(f"{path} is damaged: {error}", fix=fix, key=str(path)) from error
     return sorted(found, key=lambda one: one.attempt)
 
 

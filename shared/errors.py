@@ -2,6 +2,7 @@
 
     SteppeError
     ├── ConfigError (ValueError)       a setting that cannot work
+    │   └── ConfigErrors               several such settings at once
     ├── DataError (ValueError)         samples or labels that cannot be used
     │   └── DatasetMissing             the data set is not on this machine
     ├── StoreError                     the score store
@@ -22,13 +23,45 @@
 All of them survive pickling, so that they keep their type across Ray actors.
 """
 
+from collections.abc import Sequence
+from typing import Self
+
 
 class SteppeError(Exception):
-    """Base of steppe's errors. The message names the value, the limit and the fix."""
+    """Base of steppe's errors. `str()` joins the fields; code that decides and tests read the fields.
+
+    Args:
+        problem: what is wrong, with the value and the limit.
+        fix: what the user can do about it; empty where nobody can.
+        key: the setting ("train.epochs"), argument ("epsilon"), option ("--port"), file or sample that `problem` is
+            about; empty where there is none.
+    """
+
+    def __init__(self, problem: str = "", *, fix: str = "", key: str = "") -> None:
+        super().__init__(problem)
+        self.problem, self.fix, self.key = problem, fix, key
+
+    def __str__(self) -> str:
+        return f"{self.problem}; {self.fix}" if self.fix else self.problem
 
 
 class ConfigError(SteppeError, ValueError):
     """A setting that cannot work."""
+
+
+class ConfigErrors(ConfigError):
+    """Several settings that cannot work: `errors`. `problem` has a line for each, `key` is the first one's."""
+
+    def __init__(
+        self, problem: str = "", *, fix: str = "", key: str = "", errors: tuple[ConfigError, ...] = ()
+    ) -> None:
+        super().__init__(problem, fix=fix, key=key)
+        self.errors = errors
+
+    @classmethod
+    def of(cls, errors: Sequence[ConfigError]) -> Self:
+        """Join them; there must be one at least."""
+        return cls("\n".join(map(str, errors)), key=errors[0].key, errors=tuple(errors))
 
 
 class DataError(SteppeError, ValueError):
@@ -44,15 +77,12 @@ class StoreError(SteppeError):
 
 
 class StoreCorrupt(StoreError):
-    """A file of the score store is torn, altered or missing; the message names it, and `file` is its path."""
-
-    file = ""
+    """A file of the score store is torn, altered or missing; `key` is its path."""
 
     @classmethod
     def of(cls, file: object, problem: object) -> "StoreCorrupt":
-        error = cls(f"{file} {problem}; restore it from a copy")
-        error.file = str(file)
-        return error
+        """Name the file, what is wrong with it, and the fix."""
+        return cls(f"{file} {problem}", fix="restore it from a copy", key=str(file))
 
 
 class StoreMismatch(StoreError, ValueError):

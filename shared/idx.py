@@ -23,13 +23,13 @@ def read_idx(path: Path, dimensions: int) -> npt.NDArray[np.uint8]:
         try:
             data = gzip.decompress(Path(f"{path}.gz").read_bytes())
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise DataError(f"{path}.gz is damaged: {error}; fetch it again") from error
+            raise DataError(f"{path}.gz is damaged: {error}", fix="fetch it again", key=f"{path}.gz") from error
     head = 4 + 4 * dimensions
     if len(data) < head or data[:4] != bytes([0, 0, 8, dimensions]):
-        raise DataError(f"{path} is not an IDX file of bytes with {dimensions} dimensions; fetch it again")
+        wrong = f"{path} is not an IDX file of bytes with {dimensions} dimensions"
+        raise DataError(wrong, fix="fetch it again", key=str(path))
     shape = struct.unpack(f">{dimensions}I", data[4:head])
     if len(data) != head + math.prod(shape):
-        raise DataError(
-            f"{path} has {len(data) - head} bytes of values, its header says {math.prod(shape)}; fetch it again"
-        )
+        wrong = f"{path} has {len(data) - head} bytes of values, its header says {math.prod(shape)}"
+        raise DataError(wrong, fix="fetch it again", key=str(path))
     return np.frombuffer(data, dtype=np.uint8, offset=head).reshape(shape)

@@ -57,9 +57,10 @@ class ImageFiles(Samples):
         except MemoryError:
             raise
         except Exception as error:  # of a broken file decoders raise anything
-            raise DataError(f"cannot decode {path}: {error}; repair or remove it") from error
+            raise DataError(f"cannot decode {path}: {error}", fix="repair or remove it", key=str(path)) from error
         if mode.startswith(("I", "F")):  # Pillow cuts them off at 255 without a word
-            raise DataError(f"{path} has more than 8 bits per channel (mode {mode}); save it with 8")
+            wrong = f"{path} has more than 8 bits per channel (mode {mode})"
+            raise DataError(wrong, fix="save it with 8", key=str(path))
         return image_HWC
 
     def content(self) -> Iterator[bytes]:
@@ -69,7 +70,8 @@ class ImageFiles(Samples):
             try:
                 yield f"\0{key}\0{os.path.getsize(self.root / key)}".encode()
             except OSError as error:
-                raise DataError(f"cannot read {self.root / key}: {error.strerror}; bring it back") from error
+                path = str(self.root / key)
+                raise DataError(f"cannot read {path}: {error.strerror}", fix="bring it back", key=path) from error
 
 
 def read_image_folder(root: Path, image_size: int) -> tuple[ImageFiles, ImageFiles]:
@@ -80,10 +82,11 @@ def read_image_folder(root: Path, image_size: int) -> tuple[ImageFiles, ImageFil
     test = next((name for name in ("test", "val") if (root / name).is_dir()), "test")
     for part in ("train", test):
         if not (root / part).is_dir():
-            raise DatasetMissing(f"there is no folder {root / part}; set data.root: {LAYOUT}")
+            raise DatasetMissing(f"there is no folder {root / part}", fix=f"set data.root: {LAYOUT}", key="data.root")
     (train_files, class_ids), (test_files, test_class_ids) = (_scan(root / part) for part in ("train", test))
     if unknown := sorted(test_class_ids.keys() - class_ids.keys()):
-        raise DataError(f"{root / test} has the classes {unknown}, which {root / 'train'} has not; {LAYOUT}")
+        wrong = f"{root / test} has the classes {unknown}, which {root / 'train'} has not"
+        raise DataError(wrong, fix="remove them, or add training images of them", key=str(root / test))
     names = list(test_class_ids)
     test_files = [(path, class_ids[names[label]]) for path, label in test_files]
     num_classes = len(class_ids)
@@ -98,9 +101,11 @@ def _scan(folder: Path) -> tuple[list[tuple[str, int]], dict[str, int]]:
     try:
         found = ImageFolder(str(folder))
     except FileNotFoundError as error:  # a class without images, or no class
-        raise DataError(f"{folder} cannot be used: {error}; {LAYOUT}") from error
+        fix = f"put images there: {LAYOUT}"
+        raise DataError(f"{folder} cannot be used: {error}", fix=fix, key=str(folder)) from error
     except OSError as error:
-        raise DataError(f"cannot read {error.filename}: {error.strerror}") from error
+        wrong, fix = f"cannot read {error.filename}: {error.strerror}", "make it a folder that you may read"
+        raise DataError(wrong, fix=fix, key=str(error.filename)) from error
     return found.samples, found.class_to_idx
 
 
@@ -109,6 +114,7 @@ def _in_random_order(root: Path, files: list[tuple[str, int]], num_classes: int,
     try:
         key_N = np.array([Path(path).relative_to(root).as_posix() for path, _ in files], np.dtypes.StringDType())
     except UnicodeEncodeError as error:
-        raise DataError(f"the file name {error.object!r} below {root} is not UTF-8; rename it") from error
+        wrong = f"the file name {error.object!r} below {root} is not UTF-8"
+        raise DataError(wrong, fix="rename it", key=repr(error.object)) from error
     label_N = np.array([label for _, label in files], dtype=np.int64)
     return ImageFiles(root, key_N[order], label_N[order], num_classes, image_size)

@@ -142,7 +142,7 @@ MEASURES: dict[str, Measure] = {
 def find_measure(name: str) -> Measure:
     """Raises ConfigError listing the known names."""
     if name not in MEASURES:
-        raise ConfigError(f"no measure {name!r}; known: {', '.join(MEASURES)}")
+        raise ConfigError(f"no measure {name!r}", fix=f"choose one of {', '.join(MEASURES)}", key="measure")
     return MEASURES[name]
 
 

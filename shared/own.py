@@ -40,15 +40,20 @@ def find(key: str, path: str) -> Any:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise ConfigError(f"{key} is {path!r}, which needs {error.name}: {error}; install it") from error
+            raise ConfigError(
+                f"{key} is {path!r}, which needs {error.name}: {error}", fix="install it", key=key
+            ) from error
         raise ConfigError(
-            f"{key} is {path!r}, but there is no module {error.name}; install it, or start steppe in the folder that "
-            f"holds it (here it was {folder})"
+            f"{key} is {path!r}, but there is no module {error.name}",
+            fix=f"install it, or start steppe in the folder that holds it (here it was {folder})",
+            key=key,
         ) from error
     except Exception as error:
-        raise ConfigError(f"{key} is {path!r}, which cannot be imported: {_told(error)}") from error
+        wrong = f"{key} is {path!r}, which cannot be imported: {_told(error)}"
+        raise ConfigError(wrong, fix="correct that module", key=key) from error
     if (found := getattr(module, name, None)) is None:
-        raise ConfigError(f"{key} is {path!r}, but {inspect.getfile(module)} has no {name}")
+        wrong = f"{key} is {path!r}, but {inspect.getfile(module)} has no {name}"
+        raise ConfigError(wrong, fix="name a function that is there", key=key)
     return found
 
 
@@ -58,7 +63,8 @@ def own_model(config: ModelConfig) -> "nn.Module":
 
     model = _call("model.name", config.name, **config.args)
     if not isinstance(model, nn.Module):
-        raise ConfigError(f"model.name is {config.name!r}, which returns {_kind(model)}; it must be a torch Module")
+        wrong = f"model.name is {config.name!r}, which returns {_kind(model)}"
+        raise ConfigError(wrong, fix="let it return a torch Module", key="model.name")
     return model
 
 
@@ -115,7 +121,8 @@ class OwnSamples(Samples):
         x_BCHW = self.batch(index)[0].numpy()
         shape = x_BCHW.shape[1:]
         if len(shape) != 3 or shape[0] not in (1, 3) or not 0 <= x_BCHW.min() <= x_BCHW.max() <= 1:
-            raise DataError(f"samples of {self.source} are {shape}, no images of 1 or 3 channels in [0, 1]")
+            wrong = f"samples of {self.source} are {shape}, no images of 1 or 3 channels in [0, 1]"
+            raise DataError(wrong, key="data.name")
         return np.round(x_BCHW * self.white).astype(np.uint8)
 
     def content(self) -> Iterator[bytes]:
@@ -136,8 +143,9 @@ class OwnSamples(Samples):
         x_BCHW = self.batch(np.arange(min(len(self), LOOK_AT)))[0].double()
         if x_BCHW.dim() != 4:
             raise ConfigError(
-                f"samples of {self.source} are {tuple(x_BCHW.shape[1:])}, which steppe's networks do not take; set "
-                "model.name to one of your own"
+                f"samples of {self.source} are {tuple(x_BCHW.shape[1:])}, which steppe's networks do not take",
+                fix="set model.name to one of your own",
+                key="model.name",
             )
         return x_BCHW.mean((0, 2, 3)).tolist(), x_BCHW.std((0, 2, 3), correction=0).tolist()
 
@@ -151,6 +159,7 @@ def load(
 
     wanted = index.tolist()
     which = f"{source}, items {wanted[0]}..{wanted[-1]}" if len(wanted) > 1 else f"{source}, item {wanted[0]}"
+    key = "data.adapter" if adapter else "data.name"
     try:
         rows = items.__getitems__(wanted) if hasattr(items, "__getitems__") else [items[i] for i in wanted]
         batch = default_collate(rows)
@@ -158,37 +167,44 @@ def load(
     except MemoryError:
         raise
     except Exception as error:  # it is the user's code
-        raise DataError(f"{which}: {_told(error)}") from error
+        fix = "correct the Dataset, or the adapter"
+        raise DataError(f"{which}: {_told(error)}", fix=fix, key=str(wanted[0])) from error
     if isinstance(parts, dict):
         raise DataError(
-            f"{which}: a batch is a dictionary of {', '.join(map(str, parts))}; set data.adapter to a function that "
-            "makes (x, y) of it"
+            f"{which}: a batch is a dictionary of {', '.join(map(str, parts))}",
+            fix="set data.adapter to a function that makes (x, y) of it",
+            key="data.adapter",
         )
     if not (isinstance(parts, Sequence) and len(parts) == 2 and all(isinstance(part, torch.Tensor) for part in parts)):
-        raise DataError(f"{which}: a batch is {_kind(parts)}; it must be two tensors, (x, y)")
+        raise DataError(f"{which}: a batch is {_kind(parts)}", fix="let it be two tensors, (x, y)", key=key)
     x_B, y_B = parts
     if y_B.shape != (len(wanted),) or y_B.is_floating_point() or len(x_B) != len(wanted):
         raise DataError(
-            f"{which}: x is {tuple(x_B.shape)}, y {tuple(y_B.shape)} {y_B.dtype}; needed are ({len(wanted)}, ...) and "
-            f"({len(wanted)},) of whole numbers"
+            f"{which}: x is {tuple(x_B.shape)}, y {tuple(y_B.shape)} {y_B.dtype}",
+            fix=f"let them be ({len(wanted)}, ...) and ({len(wanted)},) of whole numbers",
+            key=key,
         )
     if not x_B.is_floating_point():
-        raise DataError(f"{which}: x is {x_B.dtype}; the attack needs floats, such as pixels / 255")
+        wrong = f"{which}: x is {x_B.dtype}, and the attack needs floats"
+        raise DataError(wrong, fix="give floats, such as pixels / 255", key=key)
     return x_B.float(), y_B.long()
 
 
 def _samples(key: str, path: str, scored: Any, drawn: Any, adapter: Callable[[Any], Any] | None) -> OwnSamples:
     for items, role in ((scored, "score"), (drawn, "train")):
         if not (hasattr(items, "__getitem__") and hasattr(items, "__len__")):
-            raise ConfigError(f"{key} is {path!r}, which returns {_kind(items)}; it must be a map-style Dataset")
+            wrong = f"{key} is {path!r}, which returns {_kind(items)}"
+            raise ConfigError(wrong, fix="let it return a map-style Dataset", key=key)
         if len(items) != len(scored) or not len(items):
             raise ConfigError(
                 f"{key} is {path!r}, which has {len(scored)} samples in the role score and {len(items)} in the role "
-                f"{role}; both must have the same, 1 or more"
+                f"{role}",
+                fix="give both the same, 1 or more",
+                key=key,
             )
     label_N = _labels(scored, adapter, path)
     if label_N.min() < 0:
-        raise DataError(f"{path} has the label {label_N.min()}; labels are 0, 1, 2 ...")
+        raise DataError(f"{path} has the label {label_N.min()}", fix="let labels be 0, 1, 2 ...", key=key)
     names = getattr(scored, "classes", None) or ()
     num_classes = max(len(names), int(label_N.max()) + 1)
     return OwnSamples(path, scored, drawn, adapter, np.arange(len(scored)), label_N, num_classes, _keys(scored))
@@ -226,7 +242,8 @@ def _call(key: str, path: str, *given: Any, **args: Any) -> Any:
         return function(*given, **args)
     except Exception as error:
         called = ", ".join([*map(repr, given), *(f"{name}={value!r}" for name, value in args.items())])
-        raise ConfigError(f"{key} is {path!r}; {path.partition(':')[2]}({called}) raised {_told(error)}") from error
+        wrong = f"{key} is {path!r}: {path.partition(':')[2]}({called}) raised {_told(error)}"
+        raise ConfigError(wrong, fix="correct it, or what it is given", key=key) from error
 
 
 def _told(error: Exception) -> str:

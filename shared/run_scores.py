@@ -86,7 +86,8 @@ class RunScores:
             rule = find_measure(name)
             if not rule.of_one_row:
                 known = ", ".join(known for known, rule in MEASURES.items() if rule.of_one_row)
-                raise ConfigError(f"{name} needs more than a sample's own row; of a row alone there are {known}")
+                wrong = f"the measure {name!r} needs more than a sample's own row"
+                raise ConfigError(wrong, fix=f"choose one of {known}", key="measures")
             if name not in table.column_names:  # margin, grad_norm and el2n are columns of the row
                 value = np.full(len(is_scored), np.nan)
                 value[is_scored] = rule.show({column: column_array(scored, column) for column in rule.columns})
@@ -98,4 +99,5 @@ def _data_frame(table: pa.Table, index: str) -> "pd.DataFrame":
     try:
         return table.to_pandas().set_index(index)
     except ImportError as error:
-        raise ConfigError("to_pandas needs pandas: pip install pandas; to_arrow() does without") from error
+        fix = "pip install pandas, or take to_arrow(), which does without"
+        raise ConfigError("to_pandas needs pandas", fix=fix, key="pandas") from error

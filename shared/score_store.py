@@ -102,8 +102,9 @@ class Retention:
     keep_all: bool = False
 
     def __post_init__(self) -> None:
-        if self.keep_last < 0 or self.keep_every < 0:
-            raise ConfigError(f"keep_last is {self.keep_last}, keep_every {self.keep_every}; both must be at least 0")
+        for key, value in (("keep_last", self.keep_last), ("keep_every", self.keep_every)):
+            if value < 0:
+                raise ConfigError(f"{key} is {value}", fix="set it to 0 or more", key=key)
 
     def keeps(self, first: int, end: int, newest: int) -> bool:
         """Whether any of the versions first..end-1 is kept."""
@@ -146,7 +147,7 @@ class ScoreWriter:
         grace_s: float = GRACE_S,
     ) -> None:
         if num_samples < 1:
-            raise StoreMismatch(f"num_samples is {num_samples}; a score store needs at least 1")
+            raise StoreMismatch(f"num_samples is {num_samples}", fix="set it to 1 or more", key="num_samples")
         self._store = StoreFiles(uri)
         self.num_samples = int(num_samples)
         self._store.create(self.num_samples, scoring_id)
@@ -278,11 +279,12 @@ class ScoreWriter:
     def _check_process(self) -> None:
         """Before any lock: after a fork nobody may be there who gives it back."""
         if os.getpid() != self._process:
-            raise StoreError(f"this ScoreWriter belongs to process {self._process}; a forked one opens its own")
+            wrong = f"this ScoreWriter belongs to process {self._process}, and this is a fork of it"
+            raise StoreError(wrong, fix="open another one here", key=str(self._store.path))
 
     def _check_open(self, appending: bool = False) -> None:
         if self._state == "closed" or (appending and self._state == "closing"):
-            raise StoreError("this ScoreWriter is closed; open a new one")
+            raise StoreError("this ScoreWriter is closed", fix="open a new one", key=str(self._store.path))
         if self._state == "fenced":
             self._fence()
 
@@ -312,7 +314,9 @@ class ScoreWriter:
     def _fence(self) -> NoReturn:
         self._state = "fenced"
         raise Fenced(
-            f"another writer took over {self._store.path}; this one can commit no more: open a new one to take it back"
+            f"another writer took over {self._store.path}, so that this one can commit no more",
+            fix="open a new one to take it back",
+            key=str(self._store.path),
         )
 
     def _take_over(self) -> Manifest:
@@ -612,15 +616,19 @@ class ScoreReader:
 
     def _check_id(self, sample_id: int) -> None:
         if not isinstance(sample_id, int | np.integer) or not 0 <= sample_id < self.num_samples:
-            raise DataError(f"sample_id {sample_id!r} is outside 0..{self.num_samples - 1}")
+            raise self._no_sample(sample_id)
+
+    def _no_sample(self, sample_id: object) -> DataError:
+        wrong = f"sample_id {sample_id!r} is outside 0..{self.num_samples - 1}"
+        return DataError(wrong, fix="ask for one inside", key="sample_id")
 
     def check_ids(self, wanted: npt.NDArray[Any]) -> None:
         """Raises DataError for an id outside 0..N-1."""
         if len(wanted) and wanted.dtype.kind not in "iu":
-            raise DataError(f"sample ids are {wanted.dtype}; they must be integers in 0..{self.num_samples - 1}")
+            fix = f"give integers in 0..{self.num_samples - 1}"
+            raise DataError(f"sample ids are {wanted.dtype}", fix=fix, key="sample_id")
         if len(wanted) and (wanted.min() < 0 or wanted.max() >= self.num_samples):
-            wrong = wanted[(wanted < 0) | (wanted >= self.num_samples)][0]
-            raise DataError(f"sample_id {wrong} is outside 0..{self.num_samples - 1}")
+            raise self._no_sample(int(wanted[(wanted < 0) | (wanted >= self.num_samples)][0]))
 
     def dense(self, column: str) -> npt.NDArray[Any]:
         """One column as an array of length N indexed by sample_id.
@@ -654,7 +662,8 @@ class ScoreReader:
         if version is None or version == view.version:
             return view
         if not 0 <= version <= view.version:
-            raise NoSuchVersion(f"version {version} is not there; the newest that was read is version {view.version}")
+            wrong = f"version {version} is not there: the newest that was read is version {view.version}"
+            raise NoSuchVersion(wrong, fix="refresh, or ask for an earlier one", key="version")
         if version >= view.base_version:
             return view.at(version)
 
@@ -664,7 +673,8 @@ class ScoreReader:
         for newest, anchor in view.earlier():
             if anchor.first <= version <= anchor.last and (then := self._of_kept(anchor, newest, read)) is not None:
                 return then
-        raise NoSuchVersion(f"version {version} is no longer kept; raise keep_last or keep_every to keep more")
+        fix = "raise keep_last or keep_every to keep more"
+        raise NoSuchVersion(f"version {version} is no longer kept", fix=fix, key="version")
 
     def _of_kept(self, anchor: Anchor, newest: Manifest, read: Callable[[Manifest], Answer]) -> Answer | None:
         """What `read` makes of an earlier manifest; None when it is not kept any more.
@@ -688,12 +698,14 @@ def _conform(table: pa.Table | pa.RecordBatch, num_samples: int) -> pa.Table:
         rows = _cast(rows)
     for field, column in zip(SCORE_SCHEMA, rows.columns, strict=True):
         if column.null_count:
-            raise StoreMismatch(f"column {field.name} has {column.null_count} nulls; score rows have none")
+            wrong = f"column {field.name} has {column.null_count} nulls"
+            raise StoreMismatch(wrong, fix="give every score row a value", key=field.name)
     ids = column_array(rows, "sample_id")
     if len(ids) and (ids.min() < 0 or ids.max() >= num_samples):
-        raise StoreMismatch(f"sample ids {ids.min()}..{ids.max()} do not fit 0..{num_samples - 1}")
+        wrong = f"sample ids {ids.min()}..{ids.max()} do not fit 0..{num_samples - 1}"
+        raise StoreMismatch(wrong, fix="append rows of these samples only", key="sample_id")
     if len(ids) and (lowest := column_array(rows, "model_version").min()) < 0:
-        raise StoreMismatch(f"model_version is {lowest}; it must be at least 0")
+        raise StoreMismatch(f"model_version is {lowest}", fix="set it to 0 or more", key="model_version")
     return rows
 
 
@@ -703,12 +715,18 @@ def _cast(rows: pa.Table) -> pa.Table:
         missing, extra = set(SCORE_SCHEMA.names) - set(names), set(names) - set(SCORE_SCHEMA.names)
         twice = {name for name in names if names.count(name) > 1}
         raise StoreMismatch(
-            f"score rows lack columns {sorted(missing)}, have unknown ones {sorted(extra)}, some twice {sorted(twice)}"
+            f"score rows lack columns {sorted(missing)}, have unknown ones {sorted(extra)}, some twice {sorted(twice)}",
+            fix="give the columns of SCORE_SCHEMA, each once",
+            key=min(missing | extra | twice),
         )
-    try:
-        return rows.select(SCORE_SCHEMA.names).cast(SCORE_SCHEMA)
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
-        raise StoreMismatch(f"score rows do not fit SCORE_SCHEMA: {error}") from error
+    columns = []
+    for field in SCORE_SCHEMA:
+        try:
+            columns.append(rows.column(field.name).cast(field.type))
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            wrong = f"column {field.name} does not fit SCORE_SCHEMA: {error}"
+            raise StoreMismatch(wrong, fix=f"give it as {field.type}", key=field.name) from error
+    return pa.table(columns, schema=SCORE_SCHEMA)
 
 
 def _now() -> str:

@@ -34,10 +34,13 @@ def local_path(uri: str | os.PathLike[str]) -> Path:
     if not rest:
         return Path(text).resolve()
     if scheme != "file":
-        raise ConfigError(f"{text!r}: only local paths and file:// URIs can be used; choose a folder on a disk")
+        raise ConfigError(
+            f"{text!r}: only local paths and file:// URIs can be used", fix="choose a folder on a disk", key=text
+        )
     parts = urlsplit(text)
     if parts.netloc not in ("", "localhost"):
-        raise ConfigError(f"{text!r} names the host {parts.netloc!r}; a local file has three slashes: file:///folder")
+        fix = "write three slashes, as in file:///folder"
+        raise ConfigError(f"{text!r} names the host {parts.netloc!r}", fix=fix, key=text)
     return Path(unquote(parts.path)).resolve()
 
 
@@ -111,7 +114,9 @@ class Folder:
             if error.errno in NO_LINKS:
                 raise ConfigError(
                     f"{self.path} is on a file system without hard links ({error.strerror}), by which steppe's files "
-                    "appear whole and but once; use a folder on a local disk, or on NFS"
+                    "appear whole and but once",
+                    fix="use a folder on a local disk, or on NFS",
+                    key=str(self.path),
                 ) from error
             raise
         finally:

@@ -38,7 +38,7 @@ def verify(uri: str | os.PathLike[str], progress: Callable[[int, int], None] | N
         num_samples = store.describe()["num_samples"]
         parts, problems = _parts(store)
     except StoreCorrupt as error:  # of what says what there is to verify
-        return [Problem(error.file, str(error))]
+        return [Problem(error.key, str(error))]
     done, total = 0, sum(part.bytes for _, part in parts)
     for kind, part in parts:
         path = store.part_path(kind, part)
@@ -64,7 +64,8 @@ def stats(uri: str | os.PathLike[str]) -> dict[str, Any]:
     description = store.describe()
     found = manifests(store)
     if not found:
-        raise StoreError(f"{store.path} has no manifest yet; a ScoreWriter writes the first one")
+        fix = "open a ScoreWriter, which writes the first one"
+        raise StoreError(f"{store.path} has no manifest yet", fix=fix, key=str(store.path))
     newest, *earlier = found
     named = {(kind, part.name): part.bytes for m in (newest, *earlier) for kind, part in m.parts()}
     there = {}
@@ -111,7 +112,7 @@ def _parts(store: StoreFiles) -> tuple[list[tuple[str, Part]], list[Problem]]:
         try:
             kept = store.read_kept(anchor, newest)
         except StoreCorrupt as error:
-            problems.append(Problem(error.file, str(error)))
+            problems.append(Problem(error.key, str(error)))
         else:
             found |= {*kept.parts()} if kept else set()
     return sorted(found, key=lambda item: (item[1].version, item[1].name)), problems

@@ -140,7 +140,9 @@ class StoreFiles:
         for key in ("num_samples", "scoring_id"):
             if found[key] != wanted[key]:
                 raise StoreMismatch(
-                    f"{self.path} holds scores with {key} {found[key]!r}, asked for {wanted[key]!r}; use a new run"
+                    f"{self.path} holds scores with {key} {found[key]!r}, asked for {wanted[key]!r}",
+                    fix="use a new run",
+                    key=key,
                 )
 
     def describe(self, is_begun: bool = False) -> dict[str, Any]:
@@ -160,7 +162,8 @@ class StoreFiles:
                 raise StoreCorrupt.of(path, "is missing") from None
             if self._is_begun():  # perhaps all of it came since
                 return self.describe(is_begun=True)
-            raise StoreError(f"no score store at {self.path} yet; a run makes it when its scoring begins") from None
+            fix = "wait until the run's scoring begins, which makes it"
+            raise StoreError(f"no score store at {self.path} yet", fix=fix, key=str(self.path)) from None
         except (StoreMismatch, StoreCorrupt):
             raise
         except (ValueError, KeyError, TypeError) as error:
@@ -395,7 +398,10 @@ def _description_sum(description: Mapping[str, Any]) -> str:
 
 def _check_format(description: Mapping[str, Any], name: str) -> None:
     found = description["format"]
-    if not isinstance(found, int) or found > FORMAT:
-        raise StoreMismatch(f"{name} has format {found}; this steppe reads {FORMAT}: install a newer one")
-    if found < FORMAT:
-        raise StoreMismatch(f"{name} has format {found}; this steppe reads {FORMAT}: score the run again")
+    if not isinstance(found, int) or found != FORMAT:
+        is_older = isinstance(found, int) and found < FORMAT
+        raise StoreMismatch(
+            f"{name} has format {found}, and this steppe reads {FORMAT}",
+            fix="score the run again" if is_older else "install a newer steppe",
+            key=name,
+        )

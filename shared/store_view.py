@@ -323,7 +323,7 @@ _DENSE = {name: _dense_type(name) for name in SNAPSHOT_SCHEMA.names}
 def _dense(column: str) -> tuple[Any, Any]:
     """Its type, and the value of unscored samples. Raises StoreError for a column that there is not."""
     if column not in _DENSE:
-        raise StoreError(f"no column {column!r}; there are {', '.join(SNAPSHOT_SCHEMA.names)}")
+        raise StoreError(f"no column {column!r}", fix=f"choose one of {', '.join(SNAPSHOT_SCHEMA.names)}", key="column")
     return _DENSE[column]
 
 

@@ -44,7 +44,7 @@ class Tracker:
         self._rule = find_measure(measure)
         self._memory = memory if memory is not None else MEMORY_OVER_VERSIONS * self._rule.over_versions
         if not 0 <= self._memory < 1:
-            raise ConfigError(f"memory is {memory}; it must lie in [0, 1), 0 being none")
+            raise ConfigError(f"memory is {memory}", fix="set it to a number in [0, 1), 0 being none", key="memory")
         self._version_N = np.zeros(0, dtype=np.int64)
         self._previous: dict[str, Floats] = {}
         self._mean_N = np.zeros(0)
@@ -67,9 +67,11 @@ class Tracker:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises StateError for the state of another measure, and for unknown or missing fields, by name."""
         if unlike := sorted(state.keys() ^ self.state_dict().keys()):
-            raise StateError(f"not a state of this tracker: the fields {unlike} are unknown or missing")
+            wrong = f"not a state of this tracker: the fields {unlike} are unknown or missing"
+            raise StateError(wrong, fix="load what state_dict() of a tracker gave", key=unlike[0])
         if state["measure"] != self.measure:
-            raise StateError(f"the state is of the measure {state['measure']!r}, not {self.measure!r}")
+            wrong = f"the state is of the measure {state['measure']!r}, not {self.measure!r}"
+            raise StateError(wrong, fix="load it into a tracker of that measure", key="measure")
         self._version_N, self._mean_N = state["version"].copy(), state["mean"].copy()
         self._previous = {name: column.copy() for name, column in state["previous"].items()}
 

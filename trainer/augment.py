@@ -22,7 +22,7 @@ def augment(x_BCHW: Tensor, kind: str, generator: Generator | None = None) -> Te
     2, over zeros), or "crop_flip". `generator` is one of the CPU. Raises ConfigError for an unknown kind.
     """
     if kind not in AUGMENTATIONS:
-        raise ConfigError(f"no augmentation {kind!r}; known: {', '.join(AUGMENTATIONS)}")
+        raise ConfigError(f"no augmentation {kind!r}", fix=f"choose one of {', '.join(AUGMENTATIONS)}", key="kind")
     return AUGMENTATIONS[kind](x_BCHW, generator)
 
 

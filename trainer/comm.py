@@ -78,7 +78,7 @@ class Ranks:
 
     def __init__(self, *, sync_batchnorm: bool = True) -> None:
         if not dist.is_initialized():
-            raise ConfigError("there is no process group; call torch.distributed.init_process_group() first")
+            raise ConfigError("there is no process group", fix="call torch.distributed.init_process_group() first")
         self._sync_batchnorm = sync_batchnorm
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self._group: dist.ProcessGroup | None = None

@@ -1,5 +1,6 @@
 """Settings of the training."""
 
+import functools
 from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -82,17 +83,21 @@ class CurriculumConfig(Config):
     def _fits_together(self) -> "CurriculumConfig":
         if self.hold_until > self.fade_until:
             raise ConfigError(
-                f"train.curriculum.hold_until is {self.hold_until}, after fade_until, {self.fade_until}; set it to "
-                "that or less"
+                f"train.curriculum.hold_until is {self.hold_until}, after fade_until, {self.fade_until}",
+                fix="set it to that or less",
+                key="train.curriculum.hold_until",
             )
         if self.name == "self_paced" and self.order != "low":
             raise ConfigError(
-                f"train.curriculum.order is {self.order!r}, but self_paced goes by the loss, low first; set order = "
-                '"low", or name = "pacing"'
+                f"train.curriculum.order is {self.order!r}, but self_paced goes by the loss, low first",
+                fix='set order = "low", or name = "pacing"',
+                key="train.curriculum.order",
             )
         if self.passes == "second" and self.form == "sampling":
             raise ConfigError(
-                "train.curriculum.passes is 'second', which only weights of the loss can be; set form = \"weighting\""
+                "train.curriculum.passes is 'second', which only weights of the loss can be",
+                fix='set form = "weighting"',
+                key="train.curriculum.passes",
             )
         return self
 
@@ -143,23 +148,28 @@ class TrainerConfig(Config):
     sync_batchnorm: bool = True
 
 
-def batch_misfit(batch_size: int, num_samples: int, world_size: int) -> str | None:
-    """What of `train.batch_size` does not fit so many samples and ranks; None when all is well."""
+def check_batch(batch_size: int, num_samples: int, world_size: int) -> None:
+    """Raise ConfigError when `train.batch_size` does not fit so many samples and ranks."""
+    misfit = functools.partial(ConfigError, key="train.batch_size")
     if batch_size > num_samples:
-        return f"train.batch_size is {batch_size}, but there are {num_samples} samples; set it to {num_samples} or less"
+        raise misfit(
+            f"train.batch_size is {batch_size}, but there are {num_samples} samples",
+            fix=f"set it to {num_samples} or less",
+        )
     if batch_size % world_size or batch_size < 2 * world_size:
-        return (
-            f"train.batch_size is {batch_size}, which {world_size} workers cannot share alike, 2 or more each; "
-            f"set it to a multiple of {world_size} from {2 * world_size} up, or trainer.num_workers to another"
+        raise misfit(
+            f"train.batch_size is {batch_size}, which {world_size} workers cannot share alike, 2 or more each",
+            fix=f"set it to a multiple of {world_size} from {2 * world_size} up, or trainer.num_workers to another",
         )
     if (rest := num_samples % batch_size) == 1:
-        return (
+        raise misfit(
             f"train.batch_size {batch_size} leaves one of {num_samples} samples for the last batch, where BatchNorm "
-            "has no variance; choose another"
+            "has no variance",
+            fix="choose another",
         )
     if 0 < rest < 2 * world_size:
-        return (
+        raise misfit(
             f"train.batch_size {batch_size} leaves {rest} of {num_samples} samples for the last batch, fewer than 2 "
-            f"for each of {world_size} workers; choose another"
+            f"for each of {world_size} workers",
+            fix="choose another",
         )
-    return None

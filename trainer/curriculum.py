@@ -162,7 +162,7 @@ CURRICULA: dict[str, Weigh] = {"uniform": uniform, "soft": soft, "pacing": pacin
 def find_curriculum(name: str) -> Weigh:
     """Raises ConfigError listing the known names."""
     if name not in CURRICULA:
-        raise ConfigError(f"no curriculum {name!r}; known: {', '.join(CURRICULA)}")
+        raise ConfigError(f"no curriculum {name!r}", fix=f"choose one of {', '.join(CURRICULA)}", key="name")
     return CURRICULA[name]
 
 

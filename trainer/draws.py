@@ -85,20 +85,30 @@ class Recorded:
             if name.startswith(PREFIX) and name.endswith(SUFFIX):
                 self._index(name)
         if not self._places:
-            raise StateError(f"{self._folder} holds no draws to replay; train that run anew to have them")
+            raise StateError(
+                f"{self._folder} holds no draws to replay",
+                fix="train that run anew to have them",
+                key=str(self._folder),
+            )
         self._open: tuple[str, int, Iterator[pa.RecordBatch]] = ("", 0, iter(()))
 
     def __call__(self, epoch: int, position: int) -> Window:
         """Raises StateError for a window that is not there, or whose ids are not those that were logged."""
         if (epoch, position) not in self._places:
             raise StateError(
-                f"{self._folder} holds no draws for epoch {epoch} from position {position} on; a run is replayed with "
-                "its own windows_per_epoch, and as far as it was trained"
+                f"{self._folder} holds no draws for epoch {epoch} from position {position} on",
+                fix="replay the run with its own windows_per_epoch, and no further than it was trained",
+                key=str(self._folder),
             )
-        row = self._batch(*self._places[epoch, position])
+        name, number = self._places[epoch, position]
+        row = self._batch(name, number)
         ids = row.column("ids").flatten().to_numpy()
         if _sha256(ids) != row.column("sha256")[0].as_py():
-            raise StateError(f"the draws of epoch {epoch}, position {position} in {self._folder} are damaged")
+            raise StateError(
+                f"the draws of epoch {epoch}, position {position} in {self._folder / name} are damaged",
+                fix="restore it from a copy, or train that run anew",
+                key=str(self._folder / name),
+            )
         store_version, fresh, stale, unscored = (
             int(row.column(name)[0].as_py()) for name in ("store_version", "fresh", "stale", "unscored")
         )

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from shared.attempts import Ranges, abandoned
 from shared.checkpoints import newest
-from shared.errors import SteppeError
+from shared.errors import StoreMismatch
 from shared.freshness import ABANDONED, DEFAULT_BOUND_VERSIONS, age_versions, staleness_bound
 from shared.score_store import ScoreReader
 from shared.storage import local_path
@@ -178,8 +178,10 @@ class ScoreFeed:
                 return
             reader = ScoreReader(self.run_path / "scores")
             if reader.num_samples != len(self._view.model_version_N):
-                raise SteppeError(
-                    f"the store is of {reader.num_samples} samples, not {len(self._view.model_version_N)}"
+                raise StoreMismatch(
+                    f"{reader.uri} holds scores of {reader.num_samples} samples, not {len(self._view.model_version_N)}",
+                    fix="bring back the store of this run",
+                    key=str(reader.uri),
                 )
             self._reader = reader
         if self._reader.refresh() != self._view.store_version:

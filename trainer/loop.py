@@ -23,7 +23,7 @@ from shared.models import logits, place
 from shared.samples import Samples
 from trainer.augment import augment
 from trainer.comm import ALONE, Comm
-from trainer.config import TrainConfig, batch_misfit
+from trainer.config import TrainConfig, check_batch
 from trainer.curriculum import Curriculum
 from trainer.draws import DrawLog, Recorded
 from trainer.feed import Scores
@@ -188,8 +188,7 @@ class _Training:
         saver: StateSaver | None,
     ) -> None:
         num_samples = len(dataset.train)
-        if reason := batch_misfit(config.batch_size, num_samples, comm.world_size):
-            raise ConfigError(reason)
+        check_batch(config.batch_size, num_samples, comm.world_size)
         self.device = pick_device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
@@ -246,8 +245,10 @@ class _Training:
         wish = self._comm.highest(DIVERGED if self.has_diverged else STOP if stopped() else GO)
         if wish == DIVERGED:
             raise TrainingDiverged(
-                f"the loss is not finite at step {self.step}; lower train.learning_rate "
-                f"({self._config.learning_rate:g}) or train.sam.rho ({self._config.sam.rho:g})"
+                f"the loss is not finite at step {self.step}",
+                fix=f"lower train.learning_rate ({self._config.learning_rate:g}) or train.sam.rho "
+                f"({self._config.sam.rho:g})",
+                key="train.learning_rate",
             )
         return wish == STOP
 
@@ -326,14 +327,20 @@ class _Training:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Raises StateError for unknown or missing fields, by name."""
         if unlike := sorted(state.keys() ^ (self._state_dict().keys() | {"rng", "device_rng"})):
-            raise StateError(f"not a state of this training: the fields {unlike} are unknown or missing")
+            raise StateError(
+                f"not a state of this training: the fields {unlike} are unknown or missing",
+                fix="resume with the version of steppe that saved it",
+                key=unlike[0],
+            )
         self.step, self.accuracy, self._evaluated_step = state["step"], state["accuracy"], state["evaluated_step"]
         self.model.load_state_dict(state["model"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
         self.sampler.load_state_dict(state["sampler"])
         if (self._epoch_scorer is None) != (state["epoch_scorer"] is None):
-            raise StateError("the state was saved under another scoring.mode; resume with the same")
+            raise StateError(
+                "the state was saved under another scoring.mode", fix="resume with the same", key="scoring.mode"
+            )
         if self._epoch_scorer is not None:
             self._epoch_scorer.load_state_dict(state["epoch_scorer"])
         else:
@@ -414,15 +421,18 @@ def pick_device(name: str) -> torch.device:
     """`auto` is the last GPU, since Ray gives scorers the first ones, else the CPU. ConfigError for one not here."""
     if name == "auto":
         return torch.device("cuda", torch.cuda.device_count() - 1) if torch.cuda.is_available() else torch.device("cpu")
+    fix = "use auto, cpu or cuda:0"
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"train.device is {name!r}, which torch does not know; use auto, cpu or cuda:0") from error
+        raise ConfigError(
+            f"train.device is {name!r}, which torch does not know", fix=fix, key="train.device"
+        ) from error
     try:
         torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         reason = str(error).partition("\n")[0].partition(". ")[0]
-        raise ConfigError(f"train.device is {name!r}: {reason}; use auto, cpu or cuda:0") from error
+        raise ConfigError(f"train.device is {name!r}: {reason}", fix=fix, key="train.device") from error
     return device
 
 

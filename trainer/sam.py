@@ -41,7 +41,11 @@ class SAM(Optimizer):
         super().__init__(params, {"rho": rho, "adaptive": adaptive, **kwargs})
         self.base_optimizer = base_optimizer(self.param_groups, **kwargs)
         if clash := {"rho", "adaptive"} & self.base_optimizer.defaults.keys():
-            raise ConfigError(f"{type(self.base_optimizer).__name__} has settings of its own named {sorted(clash)}")
+            raise ConfigError(
+                f"{type(self.base_optimizer).__name__} has settings of its own named {sorted(clash)}",
+                fix="wrap an optimizer without them",
+                key="base_optimizer",
+            )
         self.defaults |= self.base_optimizer.defaults
         self._weights: dict[nn.Parameter, Tensor] = {}  # w, while the parameters hold w + e(w)
         self._share()
@@ -55,7 +59,7 @@ class SAM(Optimizer):
     def first_step(self, zero_grad: bool = False) -> None:
         """w <- w + e(w), from the gradients at w. Raises StateError when called twice."""
         if self.perturbed:
-            raise StateError("first_step twice: call second_step first, it returns to w")
+            raise _perturbed("first_step")
         norm = self._gradient_norm()
         for group in self.param_groups:
             scale = group["rho"] / (norm + EPSILON)
@@ -74,7 +78,7 @@ class SAM(Optimizer):
     def second_step(self, zero_grad: bool = False) -> None:
         """Back to w, then the base optimizer's step with the gradients of w + e(w). StateError without first_step."""
         if not self.perturbed:
-            raise StateError("second_step without first_step")
+            raise StateError("second_step without first_step", fix="call first_step before it", key="second_step")
         self.restore()
         self.base_step(zero_grad)
 
@@ -85,7 +89,7 @@ class SAM(Optimizer):
         Raises StateError after first_step.
         """
         if self.perturbed:
-            raise StateError("base_step after first_step: call second_step, it returns to w")
+            raise _perturbed("base_step")
         self.base_optimizer.step()
         self._opt_called = True  # schedulers look here for a step, and warn without
         if zero_grad:
@@ -100,7 +104,11 @@ class SAM(Optimizer):
         BatchNorm statistics see every call of the closure; `sam_step` spares them the second pass.
         """
         if closure is None:
-            raise StateError("SAM.step needs a closure; or call first_step and second_step, or trainer.sam.sam_step")
+            raise StateError(
+                "SAM.step has no closure",
+                fix="give it one, or call first_step and second_step, or trainer.sam.sam_step",
+                key="closure",
+            )
         evaluate = torch.enable_grad()(closure)
         first = None
         gradients = (p.grad for group in self.param_groups for p in group["params"] if p.grad is not None)
@@ -115,15 +123,19 @@ class SAM(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The base optimizer's state and the param groups, rho included. StateError between the two steps."""
         if self.perturbed:
-            raise StateError("state_dict between first_step and second_step: the parameters are not w")
+            raise _perturbed("state_dict")
         return self.base_optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if self.perturbed:
-            raise StateError("load_state_dict between first_step and second_step: the parameters are not w")
+            raise _perturbed("load_state_dict")
         for group in state_dict.get("param_groups", []):
             if missing := {"rho", "adaptive"} - group.keys():
-                raise StateError(f"not a state dict of SAM: its param groups lack {sorted(missing)}")
+                raise StateError(
+                    f"not a state dict of SAM: its param groups lack {sorted(missing)}",
+                    fix="load that of a SAM, not of its base optimizer",
+                    key="param_groups",
+                )
         self.base_optimizer.load_state_dict(state_dict)
         self._share()
 
@@ -131,13 +143,13 @@ class SAM(Optimizer):
         """As for any optimizer; the base optimizer sees the group too, since the list is shared."""
         rho = param_group.get("rho", self.defaults["rho"])
         if not 0 <= rho < float("inf"):
-            raise ConfigError(f"rho is {rho}; it must be a finite number from 0 up (0.05 is usual)")
+            raise ConfigError(f"rho is {rho}", fix="set it to a finite number from 0 up, such as 0.05", key="rho")
         super().add_param_group(param_group)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy: torch's own leaves out what it does not know."""
         if self.perturbed:
-            raise StateError("copying SAM between first_step and second_step: the parameters are not w")
+            raise _perturbed("copying SAM")
         state: dict[str, Any] = super().__getstate__()
         return state | {"base_optimizer": self.base_optimizer, "_weights": {}}
 
@@ -171,7 +183,7 @@ class SAM(Optimizer):
             if p.grad is not None
         ]
         if not scaled:
-            raise StateError("SAM has no gradients; call loss.backward() before first_step")
+            raise StateError("SAM has no gradients", fix="call loss.backward() before first_step", key="params")
         device = scaled[0].device
         # At least float32: in float16 a norm can overflow and 1e-12 is 0.
         norms = [
@@ -180,6 +192,13 @@ class SAM(Optimizer):
         ]
         norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         return norm
+
+
+def _perturbed(what: str) -> StateError:
+    """Of a call that needs w."""
+    return StateError(
+        f"{what}: the parameters hold w + e(w), not w", fix="call second_step first, it returns to w", key=what
+    )
 
 
 def sam_step(

@@ -142,22 +142,27 @@ class CurriculumSampler(Sampler[int]):
         recorded: Callable[[int, int], Window] | None = None,
         num_classes: int | None = None,
     ) -> None:
-        if num_samples < 1:
-            raise ConfigError(f"num_samples is {num_samples}; a sampler needs at least 1")
-        if windows_per_epoch < 1 or lookahead_versions < 0 or (epochs is not None and epochs < 1):
-            raise ConfigError(
-                f"windows_per_epoch is {windows_per_epoch} (at least 1), lookahead_versions {lookahead_versions} "
-                f"(at least 0), epochs {epochs} (at least 1, or None)"
-            )
+        for name, value, least in (
+            ("num_samples", num_samples, 1),
+            ("windows_per_epoch", windows_per_epoch, 1),
+            ("lookahead_versions", lookahead_versions, 0),
+            ("epochs", epochs, 1),
+        ):
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}, less than {least}", fix=f"set it to {least} or more", key=name)
         if form not in ("sampling", "weighting"):
-            raise ConfigError(f"form is {form!r}; it must be 'sampling' or 'weighting'")
+            raise ConfigError(f"form is {form!r}", fix="set it to 'sampling' or 'weighting'", key="form")
         self.num_samples = num_samples
         if isinstance(policy, str):
             policy = find_policy(policy, seed=seed, num_classes=num_classes or _num_classes(scores))
         self.policy = policy
         self._scores = _scores_of(scores, num_samples, self.policy)
         if (found := len(self._scores.view().model_version_N)) != num_samples:
-            raise ConfigError(f"the scores are of {found} samples, the sampler of {num_samples}")
+            raise ConfigError(
+                f"the scores are of {found} samples, the sampler of {num_samples}",
+                fix="give it scores of the same data",
+                key="scores",
+            )
         self._epochs = epochs
         self._lookahead = lookahead_versions
         self._edges = [num_samples * i // windows_per_epoch for i in range(windows_per_epoch + 1)]
@@ -280,8 +285,10 @@ class CurriculumSampler(Sampler[int]):
         handed_out = self.num_samples if is_over else self._position
         if not self._past_from <= consumed <= handed_out:
             raise StateError(
-                f"consumed is {consumed}; of this epoch {handed_out} draws were handed out, and those from "
-                f"{self._past_from} on are remembered"
+                f"consumed is {consumed}, but of this epoch {handed_out} draws were handed out, and those from "
+                f"{self._past_from} on are remembered",
+                fix=f"give a number from {self._past_from} to {handed_out}",
+                key="consumed",
             )
         if consumed == self.num_samples:
             return self._epoch, 0, self._window[:0]
@@ -293,13 +300,28 @@ class CurriculumSampler(Sampler[int]):
         expected = {"num_samples", "epoch", "position", "window", "credit", "weight", "rng", "draws"}
         if state.keys() != expected:
             unknown, missing = sorted(state.keys() - expected), sorted(expected - state.keys())
-            raise StateError(f"not a state of this sampler: unknown fields {unknown}, missing {missing}")
+            raise StateError(
+                f"not a state of this sampler: unknown fields {unknown}, missing {missing}",
+                fix="resume with the version of steppe that saved it",
+                key=(unknown + missing)[0],
+            )
         if state["num_samples"] != self.num_samples:
-            raise StateError(f"the state is of {state['num_samples']} samples, this sampler has {self.num_samples}")
+            raise StateError(
+                f"the state is of {state['num_samples']} samples, this sampler has {self.num_samples}",
+                fix="resume with the same data",
+                key="num_samples",
+            )
         if (state["weight"] is None) != (self._weight_N is None):
-            raise StateError("the state is of the other form, sampling or weighting; resume with the same")
+            theirs, ours = ("sampling", "weighting") if state["weight"] is None else ("weighting", "sampling")
+            raise StateError(
+                f"the state is of the form {theirs}, this sampler has {ours}", fix="resume with the same", key="form"
+            )
         if len(state["credit"]) != self.num_samples or len(state["window"]) > self.num_samples - state["position"]:
-            raise StateError("the state's credit, window and position do not fit together")
+            raise StateError(
+                "the state's credit, window and position do not fit together",
+                fix="resume from another state",
+                key="window",
+            )
         self._epoch, self._position = int(state["epoch"]), int(state["position"])
         self._window, self._taken = torch.as_tensor(state["window"], dtype=torch.int64).clone().numpy(), 0
         self._past, self._past_from = ([self._window] if len(self._window) else []), self._position
@@ -378,7 +400,9 @@ def _total(p_N: Floats) -> float:
     total = float(p_N.sum())
     if not (0 < total < np.inf and p_N.min() >= 0):
         raise ConfigError(
-            f"a curriculum gave weights from {p_N.min()} to {p_N.max()}; they must be finite, from 0 up, and not all 0"
+            f"a curriculum gave weights from {p_N.min()} to {p_N.max()}",
+            fix="let its policy give finite ones, from 0 up, and not all 0",
+            key="policy",
         )
     return total
 
@@ -395,7 +419,9 @@ def _scores_of(scores: ScoreSource, num_samples: int, policy: Policy) -> Scores:
     if not isinstance(scores, ScoreReader):
         if (measure := getattr(scores, "measure", policy.measure)) != policy.measure:
             raise ConfigError(
-                f"the scores are by the measure {measure!r}, the policy wants {policy.measure!r}; give both one"
+                f"the scores are by the measure {measure!r}, the policy wants {policy.measure!r}",
+                fix="give both the same one",
+                key="measure",
             )
         return scores
     return _ReaderScores(scores, Tracker(policy.measure, getattr(policy, "memory", None)))

@@ -123,15 +123,20 @@ def load_newest_state(uri: str | os.PathLike[str]) -> SavedState | None:
                 folder.delete(f"{other}.json")
         return state
     if damaged:
-        reasons = "; ".join(f"{stem}: {reason}" for stem, reason in damaged.items())
-        raise StateError(f"no saved state in {folder.path} can be read ({reasons}); restore one, or start a new run")
+        reasons = "; ".join(f"{stem}: {getattr(reason, 'problem', reason)}" for stem, reason in damaged.items())
+        raise StateError(
+            f"no saved state in {folder.path} can be read ({reasons})",
+            fix="restore one, or start a new run",
+            key=str(folder.path),
+        )
     return None
 
 
 def _encode(state: SavedState) -> bytes:
     """Raises StateError for weights that hold NaN: nobody wants to go on from them."""
     if any(bool(t.isnan().any()) for t in state.content["model"].values() if t.is_floating_point()):
-        raise StateError("the weights hold NaN")  # infinities may be a buffer's own
+        # Infinities may be a buffer's own.
+        raise StateError("the weights hold NaN", fix="lower train.learning_rate or train.sam.rho", key="model")
     data = io.BytesIO()
     torch.save(state.content, data)
     return data.getvalue()
@@ -141,7 +146,8 @@ def _read(folder: Folder, stem: str) -> SavedState:
     marker = json.loads(folder.read(f"{stem}.json"))
     data = folder.read(f"{stem}.pt")
     if hashlib.sha256(data).hexdigest() != marker["sha256"]:
-        raise StateError("it does not match its checksum")
+        path = folder.path / f"{stem}.pt"
+        raise StateError("it does not match its checksum", fix="restore it from a copy", key=str(path))
     content = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     return SavedState(int(marker["step"]), int(marker["model_version"]), content)
 

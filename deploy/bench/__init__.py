@@ -105,7 +105,7 @@ BENCHES: dict[str, Callable[[], Bench]] = {  # called for the one that is asked 
 def find_bench(name: str) -> Bench:
     """Raises ConfigError listing the known names."""
     if name not in BENCHES:
-        raise ConfigError(f"no benchmark {name!r}; known: {', '.join(BENCHES)}")
+        raise ConfigError(f"no benchmark {name!r}", fix=f"choose one of {', '.join(BENCHES)}", key="name")
     return BENCHES[name]()
 
 
@@ -123,8 +123,10 @@ def run_bench(name: str, repeats: int | None = None, plot: Path | None = None) -
 def _check_plot(name: str, bench: Bench, plot: Path) -> None:
     """Before the measuring, which can be long."""
     if bench.draw is None:
-        raise ConfigError(f"--plot {plot}: {name} has nothing to draw; leave --plot out")
+        raise ConfigError(f"--plot {plot}: {name} has nothing to draw", fix="leave --plot out", key="--plot")
     if plot.suffix not in PICTURES:
-        raise ConfigError(f"--plot {plot}: the name ends in {plot.suffix!r}; it must end in {', '.join(PICTURES)}")
+        raise ConfigError(
+            f"--plot {plot}: the name ends in {plot.suffix!r}", fix=f"let it end in {', '.join(PICTURES)}", key="--plot"
+        )
     if not plot.parent.is_dir():
-        raise ConfigError(f"--plot {plot}: there is no folder {plot.parent}; make it first")
+        raise ConfigError(f"--plot {plot}: there is no folder {plot.parent}", fix="make it first", key="--plot")

@@ -226,7 +226,9 @@ def _put_load(on: _Here | _Actor, seconds: float) -> dict[str, float]:
     took = wait()
     between = _committed_at(last) - _committed_at(first)
     if last.version == first.version:
-        raise ServiceError(f"the controller committed nothing in {seconds:g} s; look into {on.run}/logs")
+        raise ServiceError(
+            f"the controller committed nothing in {seconds:g} s", fix=f"look into {on.run}/logs", key=str(on.run)
+        )
     found = {
         "rows_per_s": (last.rows - first.rows) / between.total_seconds(),
         "rows_per_commit": (last.rows - first.rows) / (last.version - first.version),
@@ -242,14 +244,16 @@ def _put_load(on: _Here | _Actor, seconds: float) -> dict[str, float]:
 def _status(on: _Here | _Actor) -> dict[str, Any]:
     status = on.status()
     if status["trouble"]:
-        raise ServiceError(f"the controller cannot commit: {status['trouble']}")
+        raise ServiceError(
+            f"the controller cannot commit: {status['trouble']}", fix=f"look into {on.run}/logs", key=str(on.run)
+        )
     return status
 
 
 def _newest(run: Path) -> Manifest:
     manifest = StoreFiles(run / "scores").newest()
     if manifest is None:
-        raise ServiceError(f"{run}/scores has no manifest; look into {run}/logs")
+        raise ServiceError(f"{run}/scores has no manifest", fix=f"look into {run}/logs", key=f"{run}/scores")
     return manifest
 
 

@@ -58,7 +58,8 @@ def crash(uri: Path, kills: int, num_samples: int = NUM_SAMPLES, seed: int = 0) 
             reopened = ScoreReader(uri)
             reader_s.append(time.monotonic() - began)
             if reopened.version - reported not in (0, 1):  # one may have become durable and not been reported any more
-                raise StoreCorrupt(f"{uri}: version {reported} was reported, a reader finds {reopened.version}")
+                problem = f"{uri}: version {reported} was reported, a reader finds {reopened.version}"
+                raise StoreCorrupt(problem, key=str(uri))
             expected.check(reopened)
             live.check()
             if (kill + 1) % TOLD_EVERY == 0:
@@ -85,14 +86,16 @@ class Expected:
     def check(self, reader: ScoreReader) -> None:
         """Raises StoreCorrupt when it does not hold just that."""
         if reader.version < self._version:
-            raise StoreCorrupt(f"{reader.uri}: version {reader.version} came after {self._version}")
+            problem = f"{reader.uri}: version {reader.version} came after {self._version}"
+            raise StoreCorrupt(problem, key=str(reader.uri))
         while self._version < reader.version:
             self._version += 1
             self._version_N[_ids_of(self._version, len(self._version_N))] = self._version
         margin_N, scored_N = reader.dense("margin"), self._version_N >= 0
         wrong = (margin_N != self._version_N)[scored_N].any()
         if wrong or not np.array_equal(reader.dense("model_version"), self._version_N):
-            raise StoreCorrupt(f"{reader.uri}: version {reader.version} does not hold what was committed")
+            problem = f"{reader.uri}: version {reader.version} does not hold what was committed"
+            raise StoreCorrupt(problem, key=str(reader.uri))
 
 
 class _LiveReader:

@@ -91,7 +91,11 @@ def measure(points: int, study: Study = Study()) -> dict[str, Any]:
     for epoch, model, x_NCHW, y_N in _training(study, _epochs_to_measure(study.epochs, points)):
         true = reference(model, x_NCHW, y_N, study.epsilon)
         if not np.isfinite(true["margin"]).all():
-            raise TrainingDiverged(f"margins are not finite after epoch {epoch}; lower Study.learning_rate")
+            raise TrainingDiverged(
+                f"margins are not finite after epoch {epoch} at learning_rate {study.learning_rate}",
+                fix="lower Study.learning_rate",
+                key="learning_rate",
+            )
         of_form = {
             "textbook": textbook(model, x_NCHW, y_N, study.epsilon),
             "margin_form": margin_form(model, x_NCHW, y_N, study.epsilon),

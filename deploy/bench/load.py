@@ -55,7 +55,7 @@ def load(uri: Path, seconds: float, num_samples: int = NUM_SAMPLES) -> dict[str,
         commits = writer.version
     for answer in found:
         if isinstance(answer, str):
-            raise StoreCorrupt(answer)
+            raise StoreCorrupt(answer, key=str(uri))
     refresh_ms = 1e3 * np.concatenate(found)
     p50, p99 = np.quantile(refresh_ms, (0.5, 0.99))
     return {

@@ -89,7 +89,7 @@ def _train(settings: tuple[str, ...], seed: int) -> list[dict[str, Any]]:
         finally:
             end_processes(folder)
         if done.returncode:
-            raise ServiceError(f"the training failed: {done.stderr[-500:]}")
+            raise ServiceError(f"the training failed: {done.stderr[-500:]}", fix="correct what it says")
         return [event for event in read_events(folder) if event["event"] == "epoch"]
 
 

@@ -22,6 +22,7 @@ from shared.errors import ServiceError, SteppeError
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.toml"
 POLL_INTERVAL_S = 0.05
 LONGEST_RECOVERY_S = 120.0
+MEASURE_AGAIN = "measure again on a quiet machine"
 
 
 def measure(repeats: int) -> dict[str, Any]:
@@ -46,7 +47,8 @@ def _client(folder: Path, process: "subprocess.Popen[bytes]") -> Client:
     """A client of the run, once it answers."""
     while True:
         if process.poll() is not None:
-            raise ServiceError(f"the run ended early: {(folder.parent / 'out').read_text()[-500:]}")
+            said = (folder.parent / "out").read_text()[-500:]
+            raise ServiceError(f"the run ended early: {said}", fix="correct what it says", key=str(folder))
         try:
             return client_of(Run(folder))
         except (SteppeError, json.JSONDecodeError):
@@ -56,7 +58,7 @@ def _client(folder: Path, process: "subprocess.Popen[bytes]") -> Client:
 def _one_recovery(client: Client, folder: Path) -> float:
     killed = _scorer_that_scored(client, other_than=-1)
     if run_folder_of(psutil.Process(killed)) != str(folder):
-        raise ServiceError(f"process {killed} is not of {folder}; it is left alone")
+        raise ServiceError(f"process {killed} is not of {folder}: it is left alone", fix=MEASURE_AGAIN, key=str(killed))
     began = time.monotonic()
     os.kill(killed, signal.SIGKILL)
     _scorer_that_scored(client, other_than=killed)
@@ -73,7 +75,7 @@ def _scorer_that_scored(client: Client, other_than: int) -> int:
             if scorer["scored"] and scorer["pid"] not in (0, other_than):
                 return int(scorer["pid"])
         time.sleep(POLL_INTERVAL_S)
-    raise ServiceError(f"no scorer scored within {LONGEST_RECOVERY_S:.0f} s")
+    raise ServiceError(f"no scorer scored within {LONGEST_RECOVERY_S:.0f} s", fix=MEASURE_AGAIN)
 
 
 def _quantiles(seconds: list[float]) -> dict[str, Any]:

@@ -62,7 +62,9 @@ Load = dict[str, float]
 def measure(repeats: int) -> dict[str, Any]:
     """`repeats` rounds, each a load of every kind. Raises ConfigError without wrk."""
     if shutil.which("wrk") is None:
-        raise ConfigError("the load comes from wrk, which is not here; install it: apt-get install wrk")
+        raise ConfigError(
+            "the load comes from wrk, which is not here", fix="install it: apt-get install wrk", key="wrk"
+        )
     with tempfile.TemporaryDirectory(prefix="steppe-bench-") as place:
         return load(Path(place), repeats)
 
@@ -144,11 +146,11 @@ def _wrk(url: str, script: Path, seconds: int) -> Load:
     command = ["wrk", "-t1", f"-c{CONNECTIONS}", f"-d{seconds}s", "--latency", "-s", str(script), url]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     if "Non-2xx" in out or "Socket errors" in out:
-        raise ConfigError(f"{url} did not bear the load: {out}")
+        raise ConfigError(f"{url} did not bear the load: {out}", fix="measure again on a quiet machine", key=url)
     rate = re.search(r"Requests/sec:\s+([0-9.]+)", out)
     latency = {share: re.search(rf"{share}%\s+([0-9.]+)(us|ms|s)", out) for share in (50, 99)}
     if rate is None or None in latency.values():
-        raise ConfigError(f"wrk says what this cannot read: {out}")
+        raise ConfigError(f"wrk says what this cannot read: {out}", fix="install another version of it", key="wrk")
     return {"per_s": float(rate[1])} | {
         f"p{share}_ms": float(match[1]) * UNITS_MS[match[2]] for share, match in latency.items() if match
     }
@@ -172,7 +174,7 @@ def _snapshot_ms(url: str, num_samples: int) -> float:
             table = client.snapshot()
             taken.append(1e3 * (time.perf_counter() - began))
             if table.num_rows != num_samples:
-                raise ConfigError(f"the snapshot has {table.num_rows} rows of {num_samples}")
+                raise ConfigError(f"the snapshot has {table.num_rows} rows of {num_samples}", key=url)
     return round(median(taken), 1)
 
 
@@ -187,7 +189,10 @@ def _process(act: Any, *arguments: Any) -> Iterator[Any]:
     try:
         yield ours.recv()
         if not process.is_alive():
-            raise ServiceError(f"the process that should {act.__name__.strip('_')} ended with {process.exitcode}")
+            raise ServiceError(
+                f"the process that should {act.__name__.strip('_')} ended with {process.exitcode}",
+                fix="see above what it said",
+            )
     finally:
         with contextlib.suppress(OSError):  # it is gone
             ours.send("end")

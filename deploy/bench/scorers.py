@@ -168,7 +168,8 @@ def _rate(scorers: list[_Scorer], feed: _Feed, seconds: float) -> Rate:
     for one in scorers:
         one.process.suspend()
     if not samples:
-        raise ServiceError(f"nothing was scored in {took:.0f} s by {', '.join(str(one.process) for one in scorers)}")
+        who = ", ".join(str(one.process) for one in scorers)
+        raise ServiceError(f"nothing was scored in {took:.0f} s by {who}", fix="measure again on a quiet machine")
     return {"per_s": samples / took, "cores": cpu_seconds / took}
 
 

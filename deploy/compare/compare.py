@@ -25,7 +25,7 @@ from deploy.compare.progress import Progress
 from deploy.compare.report import report, to_markdown
 from deploy.config import RunConfig
 from deploy.interrupts import Interrupts, interrupts
-from deploy.plan import untrainable
+from deploy.plan import check_batches
 from shared.datasets import load_dataset
 from shared.errors import ConfigError, RunError, SteppeError
 from shared.storage import Folder
@@ -89,12 +89,16 @@ class _Comparison:
         """Of what is finished."""
         if (committed := self._committed()) is None:
             raise ConfigError(
-                f"nothing to report in {self._folder.path}: no settings are chosen yet; train first, without --report"
+                f"nothing to report in {self._folder.path}: no settings are chosen yet",
+                fix="train first, without --report",
+                key="settings.json",
             )
         finals = [cell for stage in stages(self._config) for cell in self._finals(stage, committed[0])]
         if all(self._store.result(cell) is None for cell in finals):
             raise ConfigError(
-                f"nothing to report in {self._folder.path}: no final run is finished; train first, without --report"
+                f"nothing to report in {self._folder.path}: no final run is finished",
+                fix="train first, without --report",
+                key="cells",
             )
         return self._report(*committed, finals)
 
@@ -112,17 +116,19 @@ class _Comparison:
                     for cell in (final, *(trial.cell for trial in tried if trial.searched)):
                         self._check_cell(cell)
                 except SteppeError as error:
-                    raise type(error)(f"method {method} on {data}: {error}") from error
+                    error.problem = f"method {method} on {data}: {error.problem}"
+                    raise
                 fingerprints.setdefault(data, self._load(final)[1])
         return fingerprints
 
     def _check_cell(self, cell: Cell) -> None:
-        if misfits := untrainable(cell.config, self._load(cell)[0]):
-            raise ConfigError("\n".join(misfits))
+        check_batches(cell.config, self._load(cell)[0])
         if self._config.method[cell.method].equal_compute and cell.config.scoring.mode in ("async", "shadow"):
             raise ConfigError(
                 f"what scoring.mode {cell.config.scoring.mode!r} costs is not known beforehand, so that equal_compute "
-                'cannot choose the epochs; set "off" or "every_epoch"'
+                "cannot choose the epochs",
+                fix='set "off" or "every_epoch"',
+                key="scoring.mode",
             )
 
     def _load(self, cell: Cell) -> tuple[int, str]:
@@ -141,16 +147,20 @@ class _Comparison:
         try:
             of, chosen, search, images = (committed[key] for key in ("of", "chosen", "search", "fingerprints"))
         except KeyError as error:
-            raise ConfigError(f"{path} is not of a comparison: it lacks {error}; take another --folder") from error
+            raise ConfigError(
+                f"{path} is not of a comparison: it lacks {error}", fix="take another --folder", key=str(path)
+            ) from error
         if changed := _differences(of, self._what()):
             raise ConfigError(
-                f"{path} was chosen with {'; '.join(changed)}; take another --folder, so that no test result decides a "
-                "setting"
+                f"{path} was chosen with {'; '.join(changed)}",
+                fix="take another --folder, so that no test result decides a setting",
+                key=str(path),
             )
         if fingerprints is not None and (others := [data for data in images if fingerprints.get(data) != images[data]]):
             raise ConfigError(
-                f"{path} was chosen on other images of {', '.join(others)}; bring the same files, or take another "
-                "--folder"
+                f"{path} was chosen on other images of {', '.join(others)}",
+                fix="bring the same files, or take another --folder",
+                key=f"data.{others[0]}",
             )
         return chosen, search
 
@@ -264,7 +274,11 @@ class _Comparison:
             costs = [self._cost(cell) for cell in before if (cell.data, cell.method) == (data, model)]
             known = [cost for cost in costs if cost is not None]
             if not known:
-                raise ConfigError(f"all runs of {model} on {data} diverged, so {method} has no cost to be equal to")
+                raise ConfigError(
+                    f"all runs of {model} on {data} diverged, so {method} has no cost to be equal to",
+                    fix=f"lower the learning rate of {model}, or let {method} be equal to another method",
+                    key=f"method.{method}.equal_compute",
+                )
             cell = self._cell(data, method, self._config.first_seed, chosen[data][method])
             epochs[data][method] = epochs_for(statistics.fmean(known), cell.config, self._load(cell)[0])
             self._folder.put("epochs.json", json.dumps(epochs, indent=1).encode())
@@ -279,7 +293,8 @@ class _Comparison:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise ConfigError(f"{self._folder.path / name} is not whole: {error}; take another --folder") from error
+            path = self._folder.path / name
+            raise ConfigError(f"{path} is not whole: {error}", fix="take another --folder", key=str(path)) from error
         return content
 
     def _report(self, chosen: Chosen, search: list[dict[str, Any]], finals: Sequence[Cell]) -> dict[str, Any]:
@@ -354,8 +369,9 @@ def _locked(folder: Path) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise RunError(
-                f"another steppe compare is at work in {folder}; wait for it, or take another --folder; --report tells "
-                "what is finished"
+                f"another steppe compare is at work in {folder}",
+                fix="wait for it, or take another --folder; --report tells what is finished",
+                key=str(folder),
             ) from None
         yield
 

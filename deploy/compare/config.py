@@ -10,16 +10,19 @@ from shared.errors import ConfigError
 
 def _is_plain(value: Any) -> Any:
     if not isinstance(value, bool | int | float | str):
-        raise ValueError(f"{value!r} must be true or false, a number, or a text")  # noqa: TRY004 (pydantic tells these)
+        raise ConfigError(f"{value!r} is no value of a setting", fix="write true or false, a number, or a text")
     return value
 
 
 Setting = Annotated[Any, AfterValidator(_is_plain)]
 
-DECIDED = {  # settings of a run that are not for the configuration to choose
-    "train.seed": "seeds count from 0 in the search and from first_seed in the final runs; see seeds, search_seeds",
-    "data.noise_seed": "it is the training's seed; see seeds, search_seeds",
-    "data.validation": "only the search holds images out; set validation of the data set",
+DECIDED = {  # settings of a run that are not for the configuration to choose: why, and what to set instead
+    "train.seed": (
+        "seeds count from 0 in the search and from first_seed in the final runs",
+        "set seeds, search_seeds, first_seed",
+    ),
+    "data.noise_seed": ("it is the training's seed", "set seeds, search_seeds, first_seed"),
+    "data.validation": ("only the search holds images out", "set validation of the data set"),
 }
 
 
@@ -79,16 +82,26 @@ class CompareConfig(Config):
 
     @model_validator(mode="after")
     def _names_exist(self) -> "CompareConfig":
-        named = [self.candidate, *self.controls]
-        for pair in self.equivalences:
-            named += [pair.a, pair.b]
-        for name in [*named, *(other for spec in self.method.values() for other in needs(spec))]:
+        named = [("candidate", self.candidate), *(("controls", name) for name in self.controls)]
+        named += [("equivalences", name) for pair in self.equivalences for name in (pair.a, pair.b)]
+        named += [(f"method.{name}", other) for name, spec in self.method.items() for other in needs(spec)]
+        for key, name in named:
             if name not in self.method:
-                raise ConfigError(f"no method {name!r}; there are {', '.join(self.method)}")
+                raise ConfigError(
+                    f"{key} names the method {name!r}, which is not there",
+                    fix=f"name one of {', '.join(self.method)}",
+                    key=key,
+                )
         if self.candidate in self.controls:
-            raise ConfigError(f"the candidate, {self.candidate}, is among controls; a method is no control of itself")
+            raise ConfigError(
+                f"the candidate, {self.candidate}, is among controls",
+                fix="leave it out there: a method is no control of itself",
+                key="controls",
+            )
         if len(set(self.controls)) < len(self.controls):
-            raise ConfigError(f"controls names a method twice: {', '.join(self.controls)}")
+            raise ConfigError(
+                f"controls names a method twice: {', '.join(self.controls)}", fix="name it once", key="controls"
+            )
         stages(self)
         return self
 
@@ -100,14 +113,20 @@ class CompareConfig(Config):
         given |= {f"method.{name}": {*spec.settings, *spec.search} for name, spec in self.method.items()}
         for place, keys in given.items():
             for key in sorted(keys & DECIDED.keys()):
-                raise ConfigError(f"{place} sets {key}, but {DECIDED[key]}")
+                why, fix = DECIDED[key]
+                raise ConfigError(f"{place} sets {key}, but {why}", fix=fix, key=f"{place}.{key}")
         for name, spec in self.method.items():
             if spec.equal_compute and "train.epochs" in given[f"method.{name}"]:
-                raise ConfigError(f"method.{name} sets train.epochs, which equal_compute decides; leave one out")
+                raise ConfigError(
+                    f"method.{name} sets train.epochs, which equal_compute decides",
+                    fix="leave one out",
+                    key=f"method.{name}.train.epochs",
+                )
             if spec.like and self.method[spec.like].equal_compute:
                 raise ConfigError(
-                    f"method.{name} is like {spec.like}, whose epochs are not known before the final runs; let it be "
-                    "like another, with an equal_compute of its own"
+                    f"method.{name} is like {spec.like}, whose epochs are not known before the final runs",
+                    fix="let it be like another, with an equal_compute of its own",
+                    key=f"method.{name}.like",
                 )
         return self
 
@@ -126,7 +145,11 @@ def stages(config: CompareConfig) -> list[list[str]]:
         ready = [name for name, spec in left.items() if known.issuperset(needs(spec))]
         if not ready:
             circle = _circle(left)
-            raise ConfigError(f"methods need one another in a circle: {' -> '.join(circle)}; see like, equal_compute")
+            raise ConfigError(
+                f"methods need one another in a circle: {' -> '.join(circle)}",
+                fix="change like, or equal_compute, of one of them",
+                key=f"method.{circle[0]}",
+            )
         ordered.append(ready)
         for name in ready:
             del left[name]

@@ -221,7 +221,11 @@ def _plain(label: str, width: int = 60) -> str:
 
 def _check_suffix(path: str | Path) -> None:
     if Path(path).suffix.lower() not in FORMATS:
-        raise ConfigError(f"{path} ends in neither of {', '.join(FORMATS)}; give a file name that ends in one of them")
+        raise ConfigError(
+            f"{path} ends in neither of {', '.join(FORMATS)}",
+            fix="give a file name that ends in one of them",
+            key=str(path),
+        )
 
 
 def _save(figure: Figure, path: str | Path) -> Figure:

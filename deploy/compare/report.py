@@ -131,7 +131,9 @@ def cells_by_seed(results: Mapping[str, Any]) -> Cells:
         _label(results, "data", data)
         named.append(method)
         if seed in cells.setdefault((data, method), {}):
-            raise DataError(f"the cell of {data}, {method}, seed {seed} is there twice; keep one of them")
+            raise DataError(
+                f"the cell of {data}, {method}, seed {seed} is there twice", fix="keep one of them", key="cells"
+            )
         cells[data, method][seed] = cell
     for method in dict.fromkeys(named):
         _label(results, "methods", method)
@@ -146,7 +148,11 @@ def accuracies(cells: Cells, data: str, method: str) -> dict[int, float]:
 
 def _label(results: Mapping[str, Any], kind: str, name: str) -> str:
     if name not in results[kind]:
-        raise DataError(f"{name!r} is not among the {kind} of the comparison; name one of: {', '.join(results[kind])}")
+        raise DataError(
+            f"{name!r} is not among the {kind} of the comparison",
+            fix=f"name one of {', '.join(results[kind])}",
+            key=kind,
+        )
     return str(results[kind][name]["label"])
 
 

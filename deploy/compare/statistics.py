@@ -96,7 +96,7 @@ def paired(a: Sequence[float], b: Sequence[float], level: float = LEVEL) -> Pair
 def holm(p_values: Sequence[float]) -> list[float]:
     """Adjusted p values of Holm (1979), in the order given: step-down, never falling along the sorted p, at most 1."""
     if wrong := [p for p in p_values if not 0 <= p <= 1]:
-        raise DataError(f"p value {wrong[0]} is outside 0..1; give probabilities")
+        raise DataError(f"p value {wrong[0]} is outside 0..1", fix="give probabilities", key="p_values")
     adjusted, highest = [0.0] * len(p_values), 0.0
     for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         highest = max(highest, min(1.0, (len(p_values) - rank) * p_values[index]))
@@ -129,10 +129,14 @@ def equivalent(a: Sequence[float], b: Sequence[float], margin: float, level: flo
     Raises DataError and ConfigError as `paired` does, ConfigError too for a margin that is not above 0.
     """
     if not (math.isfinite(margin) and margin > 0):
-        raise ConfigError(f"margin {margin} must be above 0; give the largest difference that does not matter")
+        raise ConfigError(
+            f"margin is {margin}, not above 0", fix="give the largest difference that does not matter", key="margin"
+        )
     difference, alpha = _Difference.of(a, b), 1 - _level(level)
     if alpha >= 0.5:
-        raise ConfigError(f"level {level} must be above 0.5 for a test of equivalence; 0.95 is usual")
+        raise ConfigError(
+            f"level is {level}, not above 0.5 as a test of equivalence needs it", fix="set it to 0.95", key="level"
+        )
     n, error = difference.n, difference.error
     if error is None:
         return Equivalence(n, difference.mean_or_none, None, None, None, holds=False, seeds_needed=None)
@@ -177,7 +181,9 @@ class _Difference:
     def of(cls, a: Sequence[float], b: Sequence[float]) -> "_Difference":
         a_N, b_N = _finite(a), _finite(b)
         if len(a_N) != len(b_N):
-            raise DataError(f"{len(a_N)} values cannot be paired with {len(b_N)}; keep the seeds that both have")
+            raise DataError(
+                f"{len(a_N)} values cannot be paired with {len(b_N)}", fix="keep the seeds that both have", key="b"
+            )
         d_N = a_N - b_N
         n = len(d_N)
         if n == 0:
@@ -223,12 +229,16 @@ def _verdict(mean: float | None, p_holm: float, alpha: float) -> str:
 
 def _level(level: float) -> float:
     if not 0 < level < 1:
-        raise ConfigError(f"level {level} must be between 0 and 1; 0.95 is usual")
+        raise ConfigError(f"level is {level}, not between 0 and 1", fix="set it to 0.95", key="level")
     return level
 
 
 def _finite(values: Sequence[float]) -> NDArray[np.float64]:
     x_N = np.asarray(values, dtype=np.float64)
     if not np.isfinite(x_N).all():
-        raise DataError(f"value {x_N[~np.isfinite(x_N)][0]} is not finite; leave out the seeds that did not finish")
+        raise DataError(
+            f"value {x_N[~np.isfinite(x_N)][0]} is not finite",
+            fix="leave out the seeds that did not finish",
+            key="values",
+        )
     return x_N

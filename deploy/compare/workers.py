@@ -25,6 +25,8 @@ LOOK_INTERVAL_S = 0.5
 ORDERLY_END_S = 15.0  # the step that is going on, and a cluster of Ray beside it
 END_AT_ONCE_S = 3.0
 
+Failure = tuple[str, str]  # the end of a sentence that begins with the task, and what to do about it
+
 
 class Task(Protocol):
     """What a worker is given; its text names it in messages."""
@@ -100,7 +102,11 @@ class Workers:
 
     def _end_task(self, worker: "_Worker") -> None:
         if failure := worker.failure():
-            raise CellFailed(f"{worker.task} {failure}; its last words are in {self._log}, what is finished is kept")
+            what, fix = failure
+            last_words = f"see its last words in {self._log}; what is finished is kept"
+            raise CellFailed(
+                f"{worker.task} {what}", fix="; ".join(filter(None, (fix, last_words))), key=str(self._log)
+            )
         worker.task = None
         if worker.begun >= CELLS_PER_PROCESS:
             worker.close()
@@ -146,14 +152,14 @@ class _Worker:
         with contextlib.suppress(OSError):  # it died: `failure` says so
             self.pipe.send(task)
 
-    def failure(self) -> str | None:
-        """What went wrong with the task that ended, as the end of a sentence; None when nothing did."""
+    def failure(self) -> Failure | None:
+        """Tell what went wrong with the task that ended; None when nothing did."""
         try:
-            answer: str | None = self.pipe.recv()
+            answer: Failure | None = self.pipe.recv()
         except (EOFError, OSError):
             self.process.join(END_AT_ONCE_S)
             return _end_of(self.process.exitcode)
-        return None if answer is None else f"failed: {answer}"
+        return answer
 
     def close(self) -> None:
         self.pipe.close()
@@ -161,12 +167,12 @@ class _Worker:
         self.process.kill()
 
 
-def _end_of(code: int | None) -> str:
+def _end_of(code: int | None) -> Failure:
     if code == -signal.SIGKILL:
-        return "was killed (SIGKILL), as the system does when memory runs out: take fewer --cores"
+        return "was killed (SIGKILL), as the system does when memory runs out", "take fewer --cores"
     if code is not None and code < 0:
-        return f"was ended by {signal.Signals(-code).name}"
-    return f"ended without an answer, exit code {code}"
+        return f"was ended by {signal.Signals(-code).name}", ""
+    return f"ended without an answer, exit code {code}", ""
 
 
 @contextlib.contextmanager
@@ -190,8 +196,8 @@ def _serve(pipe: "multiprocessing.connection.Connection", work: Callable[[Any], 
             pipe.send(_failure(work, pipe.recv()))
 
 
-def _failure(work: Callable[[Any], None], task: Any) -> str | None:
-    """Do the task; what it raised in words, None when nothing."""
+def _failure(work: Callable[[Any], None], task: Any) -> Failure | None:
+    """Do the task, and tell what it raised; None when nothing."""
     try:
         work(task)
     except KeyboardInterrupt:  # how a run ends on SIGTERM
@@ -199,8 +205,10 @@ def _failure(work: Callable[[Any], None], task: Any) -> str | None:
     except Exception as error:
         traceback.print_exc()
         if isinstance(error, OSError) and error.strerror:
-            return error.strerror + (f": {error.filename}" if error.filename else "")
-        return str(error) if isinstance(error, SteppeError) else f"{type(error).__name__}: {error}"
+            return f"failed: {error.strerror}" + (f": {error.filename}" if error.filename else ""), ""
+        if isinstance(error, SteppeError):
+            return f"failed: {error.problem}", error.fix
+        return f"failed: {type(error).__name__}: {error}", ""
     return None
 
 

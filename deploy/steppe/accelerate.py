@@ -24,7 +24,9 @@ class Curriculum:
     def __init__(self, accelerator: Any, sampler: CurriculumSampler) -> None:
         if sampler.dealt_to > 1:
             raise ConfigError(
-                "the sampler is sharded, but Accelerate deals draws out itself; make it with is_sharded=False"
+                f"the sampler is sharded over {sampler.dealt_to} ranks, but Accelerate deals draws out itself",
+                fix="make it with is_sharded=False",
+                key="sampler",
             )
         self._sampler = sampler
         self._consumed: int | None = None  # draws of the epoch at hand, all ranks' together

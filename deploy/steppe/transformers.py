@@ -35,7 +35,9 @@ class CurriculumTrainer(transformers.Trainer):
     ) -> None:
         if sampler.dealt_to > 1:
             raise ConfigError(
-                "the sampler is sharded, and the Trainer would deal its draws out again; is_sharded=False"
+                f"the sampler is sharded over {sampler.dealt_to} ranks, and the Trainer would deal its draws out again",
+                fix="make it with is_sharded=False",
+                key="sampler",
             )
         self._sampler = sampler
         super().__init__(*args, **kwargs)
@@ -49,7 +51,9 @@ class CurriculumTrainer(transformers.Trainer):
         if folder:
             path = os.path.join(str(folder), STATE_FILE)
             if not os.path.exists(path):
-                raise ConfigError(f"{path} is missing: that checkpoint is not of a CurriculumTrainer; begin anew")
+                raise ConfigError(
+                    f"{path} is missing: that checkpoint is not of a CurriculumTrainer", fix="begin anew", key=path
+                )
             self._sampler.load_state_dict(torch.load(path, weights_only=True))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

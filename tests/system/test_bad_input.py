@@ -1,24 +1,28 @@
-"""What a user's mistakes look like: the whole of stderr, the exit code, and that nothing is lost or left behind.
+"""What a user's mistakes lead to: an error with its fields, an exit code, and nothing that is lost or left behind.
 
-Commands are started as a user does, a few ahead of the tests that look at them, each in a folder of its own. What a
-setting alone is refused for is asked of the command line in this process, which spares the imports.
+The entry point is called in this process, each time in a folder of its own; a few commands need a process.
 """
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import io
+import logging
 import os
-import re
+import select
 import signal
 import socket
 import subprocess
 import unittest.mock
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import pytest
+import torch
 
 from deploy.cli import main
 from deploy.config import RunConfig
@@ -29,19 +33,26 @@ from services.controller import Controller
 from services.server import Server
 from shared.attempts import begin
 from shared.catalogue import Run, process_identity
-from shared.config import DataConfig, _keys, read_config
+from shared.config import DataConfig, read_config
 from shared.datasets import load_dataset
-from shared.errors import ServiceError
-from shared.measures import MEASURES
+from shared.errors import (
+    ConfigError,
+    ConfigErrors,
+    DataError,
+    DatasetMissing,
+    RunError,
+    ServiceError,
+    SteppeError,
+)
 from shared.score_store import ScoreWriter
 from tests.clusters import namespaces_are_allowed
+from tests.raising import refuses
 from tests.rows import make_rows
 from tests.system.runs import QUICKSTART, STEPPE
+from tests.waiting import LIMIT_S, wait_for
 
-AT_ONCE = 3
-TIMEOUT_S = 60
 SAMPLES = 100
-FASHION = "--set=data.name=fashion_mnist"
+FASHION = "--set=rest.port=0 --set=data.name=fashion_mnist"
 
 
 # -- what is there when a command begins -------------------------------------------------------------------------------
@@ -162,544 +173,344 @@ def changed(name: str, content: str) -> Callable[[Path], None]:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A command and what it says; {tmp} stands for its working folder, {config} for quickstart.toml.
+    """A command and the error that it ends in: its type, its key, and what its problem and its fix name.
 
-    `extra` is what may come into being below the folder; `here` says that it needs no process of its own.
+    {tmp} stands for the working folder, {config} for quickstart.toml; `extra` may come into being below the folder.
     """
 
     command: str
-    said: str
+    kind: type[SteppeError]
+    key: str
+    value: str
     prepare: Callable[[Path], None] = lambda _: None
-    code: int = 1
+    fix: str = ""
     extra: tuple[str, ...] = ()
-    here: bool = False
 
 
-def setting(given: str, said: str) -> Case:
-    """`steppe run` with a setting that is bad by itself."""
-    return Case(f"run {{config}} --set=rest.port=0 --set={given}", said, here=True)
+def setting(given: str, key: str, value: str, kind: type[SteppeError] = ConfigError, *, fix: str = "") -> Case:
+    """`steppe run` with a setting that cannot be."""
+    return Case(f"run {{config}} --set=rest.port=0 --set={given}", kind, key, value, fix=fix)
 
 
-def misfit(given: str, said: str) -> Case:
-    """`steppe run` with a setting that does not fit the data or the machine."""
-    return dataclasses.replace(setting(given, said), here=False)
+def of_run(command: str, value: str, prepare: Callable[[Path], None], fix: str = "") -> Case:
+    """A command to a run whose state does not allow it."""
+    return Case(command, RunError, "{tmp}/runs/run", value, prepare, fix)
 
-
-def usage(command: str, said: str) -> Case:
-    return Case(command, said, code=2)
-
-
-def each(of: str, said: str, prepare: Callable[[Path], None] | None, *commands: str) -> dict[str, Case]:
-    """The same answer to several commands."""
-    return {f"{one.split()[0]}, {of}": Case(one, said, prepare or (lambda _: None)) for one in commands}
-
-
-NO_RUN = "no run in {tmp}/runs; name a run folder, or start one with `steppe run CONFIG`"
-NO_FOLDER = "{tmp}/folder is not a run folder: it has no run.json; to see the runs: steppe runs"
-NOT_UP = "run {tmp}/runs/run is not up: "
-TO_SERVE = "to ask for its scores: steppe serve {tmp}/runs/run"
-IS_FINISHED = f"{NOT_UP}it is finished, its results are in its summary.json; {TO_SERVE}"
-IS_INTERRUPTED = f"{NOT_UP}it was interrupted; to go on: steppe run {{tmp}}/runs/run --resume; {TO_SERVE}"
-IS_KILLED = (
-    f"{NOT_UP}it was killed; to go on: steppe run {{tmp}}/runs/run --resume; "
-    "to end what it left: steppe down {tmp}/runs/run"
-)
-ON_THIS_MACHINE = "set rest.host to an address of this machine, such as 127.0.0.1, or 0.0.0.0 for all of them"
-TO_GET_FASHION_MNIST = (
-    "Either install Debian's package dataset-fashion-mnist, or set data.root to a folder with the four IDX files "
-    "(plain or .gz), or set data.download = true to let torchvision fetch it"
-)
-WRITABLE = "set run.folder, or run.root, to a folder that you may write to"
 
 CASES = {
     # keys
-    "unknown key": setting("train.epoch=3", "train.epoch: unknown setting; did you mean train.epochs?"),
-    "unknown section": setting("trian.epochs=3", "trian: unknown setting; did you mean train?"),
-    "value for a section": setting(
-        "train=3", "train = 3: train is a section, not a value; set what is in it, such as train.epochs"
-    ),
-    "section for a value": setting(
-        "train.seed.x=1", "train.seed is a value, not a section; train.seed.x cannot be set"
-    ),
+    "unknown key": setting("train.epoch=3", "train.epoch", "unknown", fix="train.epochs"),
+    "unknown section": setting("trian.epochs=3", "trian", "unknown"),
+    "value for a section": setting("train=3", "train", "3", fix="train."),
+    "section for a value": setting("train.seed.x=1", "train.seed", "train.seed.x"),
     "below a value": Case(
-        "run bad.toml --set=train.epochs=3",
-        "--set 'train.epochs=3': 'train' is a value, not a section",
-        text("bad.toml", "train = 3"),
+        "run bad.toml --set=train.epochs=3", ConfigError, "train", "'train.epochs=3'", text("bad.toml", "train = 3")
     ),
-    "set without =": setting("train.epochs", "--set 'train.epochs': write it as section.key=value"),
-    "set without key": setting("=3", "--set '=3': write it as section.key=value"),
+    "set without =": setting("train.epochs", "--set", "'train.epochs'", fix="section.key=value"),
+    "set without key": setting("=3", "--set", "'=3'"),
     # types
-    "not a whole number": setting("train.epochs=many", "train.epochs = 'many': must be a whole number"),
-    "a part": setting("train.epochs=1.5", "train.epochs = 1.5: must be a whole number"),
-    "not a number": setting("train.learning_rate=fast", "train.learning_rate = 'fast': must be a number"),
-    "not a text": setting("data.root=[1]", "data.root = [1]: must be a text"),
-    "not true or false": setting("run.tensorboard=3", "run.tensorboard = 3: must be true or false"),
+    "not a whole number": setting("train.epochs=many", "train.epochs", "'many'"),
+    "a part": setting("train.epochs=1.5", "train.epochs", "1.5"),
+    "not a number": setting("train.learning_rate=fast", "train.learning_rate", "'fast'"),
+    "not a text": setting("data.root=[1]", "data.root", "[1]"),
+    "not true or false": setting("run.tensorboard=3", "run.tensorboard", "3"),
     # ranges
-    "epochs 0": setting("train.epochs=0", "train.epochs = 0: must be at least 1"),
-    "epochs huge": setting("train.epochs=9999999999", "train.epochs = 9999999999: must be at most 1000000"),
-    "batch_size 1": setting("train.batch_size=1", "train.batch_size = 1: must be at least 2"),
-    "learning_rate 0": setting("train.learning_rate=0", "train.learning_rate = 0: must be more than 0"),
-    "learning_rate nan": setting("train.learning_rate=nan", "train.learning_rate = nan: must be a finite number"),
-    "learning_rate -1": setting("train.learning_rate=-1", "train.learning_rate = -1: must be more than 0"),
-    "momentum 1": setting("train.momentum=1", "train.momentum = 1: must be less than 1"),
-    "seed -1": setting("train.seed=-1", "train.seed = -1: must be at least 0"),
-    "wait inf": setting("train.startup_wait_s=inf", "train.startup_wait_s = inf: must be a finite number"),
-    "rho -1": setting("train.sam.rho=-1", "train.sam.rho = -1: must be at least 0"),
-    "epsilon -0.1": setting("scoring.attack.epsilon=-0.1", "scoring.attack.epsilon = -0.1: must be at least 0"),
-    "block_size 0": setting("controller.block_size=0", "controller.block_size = 0: must be at least 1"),
-    "replicas -1": setting("scoring.replicas=-1", "scoring.replicas = -1: must be at least 0"),
-    "replicas 5000": setting("scoring.replicas=5000", "scoring.replicas = 5000: must be at most 1024"),
-    "port 70000": setting("rest.port=70000", "rest.port = 70000: must be at most 65535"),
-    "subset 1": setting("data.subset=1", "data.subset = 1: must be at least 2"),
-    "subset too large": misfit(
-        "data.subset=1438",
-        "data.subset is 1438; digits has 1437 training images: set it to that or less, or leave it out",
-    ),
-    "width 0": setting("model.width=0", "model.width = 0: must be at least 1"),
-    "strength -1": setting("train.curriculum.strength=-1", "train.curriculum.strength = -1: must be at least 0"),
-    "fade_until 0": setting("train.curriculum.fade_until=0", "train.curriculum.fade_until = 0: must be more than 0"),
+    "at least": setting("train.epochs=0", "train.epochs", "0", fix="1 or more"),
+    "at most": setting("rest.port=70000", "rest.port", "70000", fix="65535 or less"),
+    "more than": setting("train.learning_rate=-1", "train.learning_rate", "-1", fix="more than 0"),
+    "less than": setting("train.momentum=1", "train.momentum", "1", fix="less than 1"),
+    "finite": setting("train.learning_rate=nan", "train.learning_rate", "nan", fix="finite"),
+    "dry run": Case("run {config} --dry-run --set=train.epochs=0", ConfigError, "train.epochs", "0"),
     # names
-    "curriculum": setting(
-        "train.curriculum.name=hard",
-        "train.curriculum.name: no curriculum 'hard'; known: uniform, soft, pacing, self_paced",
-    ),
-    "mode": setting("scoring.mode=sync", "scoring.mode = 'sync': must be 'async', 'every_epoch', 'shadow' or 'off'"),
-    "attack": setting("scoring.attack.name=cw", "scoring.attack.name = 'cw': must be 'fgsm' or 'pgd'"),
-    "data": setting(
-        "data.name=mnist",
-        "data.name = 'mnist': must be 'digits', 'fashion_mnist', 'mnist_5k', 'cifar10', 'cifar100' or 'image_folder', "
-        "or your own as 'module:function'",
-    ),
-    "model": setting(
-        "model.name=vgg",
-        "model.name = 'vgg': must be 'small_cnn', 'tiny_cnn' or 'resnet18', or your own as 'module:function'",
-    ),
-    "width of resnet18": setting(
-        "model.name=resnet18", "model.width is 48, but resnet18 always has 64; set that, or leave it out"
-    ),
-    "two at once": Case(
-        "run {config} --set=train.epochs=0 --set=train.seeds=1",
-        "train.epochs = 0: must be at least 1\ntrain.seeds: unknown setting; did you mean train.seed?",
-    ),
-    "dry run": Case("run {config} --dry-run --set=train.epochs=0", "train.epochs = 0: must be at least 1"),
+    "curriculum": setting("train.curriculum.name=hard", "train.curriculum.name", "'hard'", fix="self_paced"),
+    "mode": setting("scoring.mode=sync", "scoring.mode", "'sync'", fix="'every_epoch'"),
+    "data": setting("data.name=mnist", "data.name", "'mnist'", fix="'mnist_5k'"),
+    "width of resnet18": setting("model.name=resnet18", "model.width", "48", fix="leave it out"),
     # what does not fit the data or the machine
-    "batch of one": misfit(
-        "train.batch_size=359",
-        "train.batch_size 359 leaves one of 1437 samples for the last batch, where BatchNorm has no variance; "
-        "choose another",
-    ),
-    "batch beyond data": misfit(
-        "train.batch_size=1438", "train.batch_size is 1438, but there are 1437 samples; set it to 1437 or less"
-    ),
-    "device unknown": misfit(
-        "train.device=banana", "train.device is 'banana', which torch does not know; use auto, cpu or cuda:0"
-    ),
-    "device without numbers": misfit(
-        "train.device=meta",
-        "train.device is 'meta': Tensor.item() cannot be called on meta tensors; use auto, cpu or cuda:0",
-    ),
-    "address not ours": misfit(
-        "rest.host=192.0.2.1",
-        f"cannot listen on 192.0.2.1:0: this machine does not have that address; {ON_THIS_MACHINE}",
-    ),
-    "host unknown": misfit(
-        "rest.host=no.such.host.invalid",
-        f"cannot listen on no.such.host.invalid:0: the name is not known; {ON_THIS_MACHINE}",
-    ),
-    "host empty": misfit(
-        "rest.host=", "the REST service's host is empty; set rest.host, such as to 127.0.0.1, or 0.0.0.0 for all"
-    ),
+    "subset too large": setting("data.subset=1438", "data.subset", "1438", DataError),
+    "batch of one": setting("train.batch_size=359", "train.batch_size", "359"),
+    "batch beyond data": setting("train.batch_size=1438", "train.batch_size", "1438", fix="1437"),
+    "device unknown": setting("train.device=banana", "train.device", "'banana'", fix="cpu"),
+    "device without numbers": setting("train.device=meta", "train.device", "'meta'"),
+    "address not ours": setting("rest.host=192.0.2.1", "rest.host", "192.0.2.1:0"),
+    "host unknown": setting("rest.host=no.such.host.invalid", "rest.host", "no.such.host.invalid:0"),
+    "host empty": setting("rest.host=", "rest.host", "empty", fix="127.0.0.1"),
     # files
-    "no file": Case("run no.toml", "no configuration file 'no.toml'; to make one: steppe config init"),
-    "a folder": Case("run folder", "'folder' is a folder; name the configuration file in it", a_folder),
-    "below a file": Case("run file/x.toml", "cannot read 'file/x.toml': Not a directory", text("file", "")),
-    "not TOML": Case(
-        "run bad.toml",
-        "bad.toml is not TOML: Expected ']' at the end of a table declaration (at line 1, column 7)",
-        text("bad.toml", "[train\nepochs = 3"),
-    ),
-    "not UTF-8": Case(
-        "run bad.toml",
-        "bad.toml is not UTF-8 (byte 0xe4 at position 15); save it as UTF-8",
-        text("bad.toml", b'[data]\nroot = "\xe4"'),
-    ),
+    "no file": Case("run no.toml", ConfigError, "no.toml", "'no.toml'", fix="steppe config init"),
+    "a folder": Case("run folder", ConfigError, "folder", "'folder'", a_folder),
+    "below a file": Case("run file/x.toml", ConfigError, "file/x.toml", "Not a directory", text("file", "")),
+    "not TOML": Case("run bad.toml", ConfigError, "bad.toml", "line 1", text("bad.toml", "[train\nepochs = 3")),
+    "not UTF-8": Case("run bad.toml", ConfigError, "bad.toml", "0xe4", text("bad.toml", b'[data]\nroot = "\xe4"')),
     "no data": Case(
-        f"run {{config}} --set=rest.port=0 {FASHION} --set=data.root=nowhere",
-        "Fashion-MNIST is not at nowhere: nowhere/train-images-idx3-ubyte.gz is missing. " + TO_GET_FASHION_MNIST,
+        f"run {{config}} {FASHION} --set=data.root=nowhere",
+        DatasetMissing,
+        "data.root",
+        "nowhere",
+        fix="data.download = true",
     ),
     "data root a file": Case(
-        f"run {{config}} --set=rest.port=0 {FASHION} --set=data.root=file",
-        "Fashion-MNIST is not at file: file/train-images-idx3-ubyte.gz is missing. " + TO_GET_FASHION_MNIST,
-        text("file", ""),
+        f"run {{config}} {FASHION} --set=data.root=file", DatasetMissing, "data.root", "file", text("file", "")
     ),
     "images cut off": Case(
-        f"run {{config}} --set=rest.port=0 {FASHION} --set=data.root=images",
-        "images/train-images-idx3-ubyte has 1119 bytes of values, its header says 1120; fetch it again",
+        f"run {{config}} {FASHION} --set=data.root=images",
+        DataError,
+        "images/train-images-idx3-ubyte",
+        "1119 bytes",
         idx("train-images-idx3-ubyte", lambda data: data[:-1]),
     ),
     "images with another head": Case(
-        f"run {{config}} --set=rest.port=0 {FASHION} --set=data.root=images",
-        "images/t10k-images-idx3-ubyte is not an IDX file of bytes with 3 dimensions; fetch it again",
+        f"run {{config}} {FASHION} --set=data.root=images",
+        DataError,
+        "images/t10k-images-idx3-ubyte",
+        "IDX",
         idx("t10k-images-idx3-ubyte", lambda _: b"<html>not found</html>"),
     ),
     "labels missing": Case(
-        f"run {{config}} --set=rest.port=0 {FASHION} --set=data.root=images",
-        "images/train-images-idx3-ubyte has 70 images, images/train-labels-idx1-ubyte 69 labels; fetch both again",
+        f"run {{config}} {FASHION} --set=data.root=images",
+        DataError,
+        "images/train-images-idx3-ubyte",
+        "69 labels",
         idx(labels=69),
     ),
     "label beyond": Case(
         f"config validate {{config}} {FASHION} --set=data.root=images",
-        "{config} is not valid\n"
-        "images/train-labels-idx1-ubyte has the label 77; Fashion-MNIST has 0..9; fetch it again",
+        DataError,
+        "images/train-labels-idx1-ubyte",
+        "77",
         idx("train-labels-idx1-ubyte", lambda data: data[:-1] + bytes([77])),
     ),
     # the run's folder
     "folder taken": Case(
-        "run {config} --set=rest.port=0 --set=run.folder=runs/run",
-        "{tmp}/runs/run already holds a run; choose another folder with --set run.folder=...",
-        interrupted,
+        "run {config} --set=rest.port=0 --set=run.folder=runs/run", RunError, "{tmp}/runs/run", "already", interrupted
     ),
     "folder below a file": Case(
         "run {config} --set=rest.port=0 --set=run.folder=file/run",
-        f"cannot write the run folder {{tmp}}/file/run: Not a directory; {WRITABLE}",
+        RunError,
+        "{tmp}/file/run",
+        "Not a directory",
         text("file", ""),
     ),
-    "folder in /proc": Case(
-        "run {config} --set=rest.port=0 --set=run.folder=/proc/run",
-        f"cannot write the run folder /proc/run: No such file or directory; {WRITABLE}",
-    ),
-    "folder elsewhere": Case(
-        "run {config} --set=rest.port=0 --set=run.folder=s3://bucket/run",
-        "'s3://bucket/run': only local paths and file:// URIs can be used; choose a folder on a disk",
-    ),
+    "folder in /proc": setting("run.folder=/proc/run", "/proc/run", "No such file", RunError),
+    "folder elsewhere": setting("run.folder=s3://bucket/run", "s3://bucket/run", "file://"),
     # resuming
     "resume nothing": Case(
-        "run {config} --resume", "no unfinished run in {tmp}/runs; name its folder: steppe run FOLDER --resume"
+        "run {config} --resume", RunError, "{tmp}/runs", "no unfinished run", fix="steppe run FOLDER --resume"
     ),
-    "resume no run": Case("run folder --resume", NO_FOLDER, a_folder),
-    "resume finished": Case(
-        "run runs/run --resume",
-        "{tmp}/runs/run is finished, its results are in summary.json; start a new run",
-        finished,
-    ),
-    "resume running": Case(
-        "run runs/run --resume", "{tmp}/runs/run is running; stop it first: steppe down {tmp}/runs/run", running
-    ),
+    "resume no run": Case("run folder --resume", RunError, "{tmp}/folder", "run.json", a_folder),
+    "resume finished": of_run("run runs/run --resume", "finished", finished),
+    "resume running": of_run("run runs/run --resume", "running", running, "steppe down {tmp}/runs/run"),
     "resume otherwise": Case(
         "run runs/run --resume --set=train.momentum=0.5 --set=train.learning_rate=0.2",
-        "train.learning_rate is 0.2, but {tmp}/runs/run was started with 0.1; resume with the same, or start a new run",
-        interrupted,
-    ),
-    "resume with another attack": Case(
-        "run runs/run --resume --set=scoring.attack.name=pgd",
-        "scoring.attack.name is 'pgd', but {tmp}/runs/run was started with 'fgsm'; resume with the same, or start a "
-        "new run",
+        ConfigError,
+        "train.learning_rate",
+        "0.2",
         interrupted,
     ),
     "resume with other files": Case(
         "run runs/run --resume --set=rest.port=0 --set=data.root=others",
-        "run {tmp}/runs/run was made for the data set {fingerprint}, here is {fingerprint}; bring the same files, or "
-        "start a new run",
+        RunError,
+        "{tmp}/runs/run",
+        "data set",
         of_other_files,
     ),
     "resume of a torn run": Case(
         "run runs/run --resume",
-        "{tmp}/runs/run/run.json is not whole: Expecting ',' delimiter: line 1 column 14 (char 13); bring it back from "
-        "a copy, or start a new run",
+        RunError,
+        "{tmp}/runs/run/run.json",
+        "line 1",
         changed("run.json", '{"run_id": ""'),
     ),
     "resume of no object": Case(
-        "run runs/run --resume",
-        "{tmp}/runs/run/run.json is not of a run: it holds no JSON object",
-        changed("run.json", "[1]"),
+        "run runs/run --resume", RunError, "{tmp}/runs/run/run.json", "object", changed("run.json", "[1]")
     ),
     "resume with a damaged attempt": Case(
         "run runs/run --resume",
-        "{tmp}/runs/run/train/attempt-0001.json is damaged: Expecting ',' delimiter: line 1 column 14 (char 13); "
-        "restore it, or start a new run",
+        RunError,
+        "{tmp}/runs/run/train/attempt-0001.json",
+        "line 1",
         changed("train/attempt-0001.json", '{"attempt": 1'),
     ),
     "resume of another version": Case(
-        "run runs/run --resume",
-        "{tmp}/runs/run/run.json is of another version of steppe; resume with that version:\n"
-        "zeal: unknown setting; known: {known}",
-        of_another_version,
+        "run runs/run --resume", RunError, "{tmp}/runs/run/run.json", "zeal", of_another_version
     ),
     # asking
-    **each("no runs", NO_RUN, None, "query 3", "status", "scale 1", "top", "serve", "down"),
-    **each("no run", NO_FOLDER, a_folder, "query 3 --run=folder", "status folder", "scale 1 folder"),
-    **each("no run", NO_FOLDER, a_folder, "top folder", "serve folder", "down folder"),
-    **each("finished", IS_FINISHED, finished, "query 3", "status", "scale 1", "top"),
-    **each("interrupted", IS_INTERRUPTED, interrupted, "status", "top"),
-    **each("killed", IS_KILLED, killed, "query 3", "status"),
-    "status, starting": Case(
-        "status", "run {tmp}/runs/run is starting and does not answer yet; try again in a few seconds", running
-    ),
-    "status of a file": Case(
-        "status file",
-        "{tmp}/file is not a run folder: it has no run.json; to see the runs: steppe runs",
-        text("file", ""),
-    ),
+    **{
+        f"no runs, {command.split()[0]}": Case(command, RunError, "{tmp}/runs", "no run", fix="steppe run CONFIG")
+        for command in ("query 3", "status", "scale 1", "top", "serve", "down")
+    },
+    "no run, query": Case("query 3 --run=folder", RunError, "{tmp}/folder", "run.json", a_folder, "steppe runs"),
+    "no run, down": Case("down folder", RunError, "{tmp}/folder", "run.json", a_folder),
+    "no run, status of a file": Case("status file", RunError, "{tmp}/file", "run.json", text("file", "")),
+    "finished, query": of_run("query 3", "finished", finished, "steppe serve {tmp}/runs/run"),
+    "finished, scale": of_run("scale 1", "finished", finished),
+    "interrupted, top": of_run("top", "interrupted", interrupted, "steppe run {tmp}/runs/run --resume"),
+    "killed, status": of_run("status", "killed", killed, "steppe down {tmp}/runs/run"),
+    "starting, status": of_run("status", "starting", running),
     "serve, host": Case(
         "serve --host=192.0.2.1 --port=0",
-        "cannot listen on 192.0.2.1:0: this machine does not have that address; "
-        + ON_THIS_MACHINE.replace("rest.", "--"),
+        ConfigError,
+        "--host",
+        "192.0.2.1:0",
         finished,
-        extra=("runs/run/token", "runs/run/logs", "runs/run/logs/serve.log"),
+        fix="--host",
+        extra=("runs/run/token",),
     ),
     # others
-    "init over a file": Case(
-        "config init mine.toml",
-        "mine.toml is there already; name another file, or remove it first",
-        text("mine.toml", ""),
-    ),
-    "init elsewhere": Case(
-        "config init nowhere/x.toml",
-        "cannot write nowhere/x.toml: No such file or directory; name a file in a folder that you may write to",
-    ),
-    "template": Case("config init x.toml --template=mnist", "no template 'mnist'; known: fashion_mnist, quickstart"),
-    "show": Case("config show no.toml", "no configuration file 'no.toml'; to make one: steppe config init"),
-    "bench": Case(
-        "bench speed",
-        "no benchmark 'speed'; known: recovery, flat, store, store-crash, store-load, rest, scorers, controller, "
-        "ranks, sampler",
-    ),
-    # usage
-    "scale many": usage(
-        "scale many",
-        "Invalid value for 'replicas': Input should be a valid integer, unable to parse string as an integer",
-    ),
-    "query without ids": usage("query", "Missing argument 'ids'."),
-    "run without a file": usage("run", "Missing argument 'config'."),
-    "unknown command": usage("nonsense", "No such command 'nonsense'."),
-    "unknown option": usage("run {config} --fast", "No such option: --fast (Possible options: --set)"),
-    "port of serve": usage(
-        "serve --port=70000", "Invalid value for '--port': Input should be less than or equal to 65535"
-    ),
+    "init over a file": Case("config init mine.toml", ConfigError, "mine.toml", "there", text("mine.toml", "")),
+    "init elsewhere": Case("config init nowhere/x.toml", ConfigError, "nowhere/x.toml", "No such file"),
+    "template": Case("config init x.toml --template=mnist", ConfigError, "--template", "'mnist'", fix="quickstart"),
+    "show": Case("config show no.toml", ConfigError, "no.toml", "'no.toml'"),
+    "bench": Case("bench speed", ConfigError, "name", "'speed'", fix="store-crash"),
+}
+
+USAGE = {  # a command line that is none: typer's error, and what it names
+    "scale many": ("BadParameter", "replicas"),
+    "serve --port=70000": ("BadParameter", "--port"),
+    "query": ("MissingParameter", "ids"),
+    "run": ("UsageError", "config"),
+    "nonsense": ("UsageError", "nonsense"),
+    "run {config} --fast": ("NoSuchOption", "--fast"),
 }
 
 
-# -- running it --------------------------------------------------------------------------------------------------------
+# -- calling it --------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
-class Outcome:
-    """What a command did, and what was in its folder before and after."""
+class Ended:
+    """What a command ended in, and what it printed."""
 
+    error: Any
     code: int
     out: str
     err: str
-    before: dict[str, str]
-    after: dict[str, str]
 
 
-def start(arguments: Sequence[str], cwd: Path) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [STEPPE, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, start_new_session=True
-    )
-
-
-def steppe(*arguments: str, cwd: Path) -> tuple[int, str, str]:
-    """Exit code, stdout, stderr."""
-    return end_of(start(arguments, cwd))
-
-
-def end_of(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
-    """As `steppe`, of one that was started; nothing that it started is left."""
-    out, err = process.communicate(timeout=TIMEOUT_S)
-
-    with pytest.raises(ProcessLookupError):
-        os.killpg(process.pid, 0)
-    return process.returncode, out, err
-
-
-def steppe_here(arguments: Sequence[str], cwd: Path) -> tuple[int, str, str]:
-    """As `steppe`, in this process."""
+def call(command: str, folder: Path) -> Ended:
+    """As `steppe` in a process of its own that begins in `folder`; it may not get as far as a cluster."""
+    arguments = [_filled(part, folder) for part in command.split()]
     out, err = io.StringIO(), io.StringIO()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with (
-        contextlib.chdir(cwd),
+        _restored(),
+        contextlib.chdir(folder),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         unittest.mock.patch("sys.argv", [STEPPE, *arguments]),
+        unittest.mock.patch("ray.init", side_effect=AssertionError(f"{command!r} was accepted: it starts a cluster")),
         pytest.raises(SystemExit) as ended,
     ):
         main()
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-    assert isinstance(ended.value.code, int)
-    return ended.value.code, out.getvalue(), err.getvalue()
+    code = ended.value.code or 0
+    assert isinstance(code, int)
+    return Ended(ended.value.__context__ if code else None, code, out.getvalue(), err.getvalue())
 
 
-def fill(said: str, folder: Path) -> str:
-    values = {"tmp": str(folder), "config": str(QUICKSTART), "known": ", ".join(_keys(RunConfig))}
-    for name, value in values.items():
-        said = said.replace(f"{{{name}}}", value)
-    return said
+@contextlib.contextmanager
+def _restored() -> Iterator[None]:
+    """Afterwards this process is as it was, and has no more children."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    log_handlers, level, threads = logging.root.handlers[:], logging.root.level, torch.get_num_threads()
+    children = psutil.Process().children()
+    with unittest.mock.patch.dict(os.environ):
+        try:
+            yield
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            logging.root.handlers[:] = log_handlers
+            logging.root.setLevel(level)
+            torch.set_num_threads(threads)
+    assert psutil.Process().children() == children
 
 
-class Commands:
-    """The commands of the cases `names`, AT_ONCE of them going on ahead of those that are asked for."""
-
-    def __init__(self, place: Path, names: Sequence[str]) -> None:
-        self._place = place
-        self._names = names
-        self._waiting = [name for name in names if not CASES[name].here]
-        self._going: dict[str, tuple[subprocess.Popen[str], dict[str, str]]] = {}
-
-    def folder(self, name: str) -> Path:
-        return self._place / str(self._names.index(name))
-
-    def outcome(self, name: str) -> Outcome:
-        if CASES[name].here:
-            arguments, before = self._prepare(name)
-            return Outcome(*steppe_here(arguments, self.folder(name)), before, files(self.folder(name)))
-        while name not in self._going:
-            self._start_next()
-        process, before = self._going.pop(name)
-        ended = end_of(process)
-        while self._waiting and len(self._going) < AT_ONCE:
-            self._start_next()
-        return Outcome(*ended, before, files(self.folder(name)))
-
-    def close(self) -> None:
-        """End what was started and not asked for."""
-        for process, _ in self._going.values():
-            process.kill()
-            process.communicate()
-
-    def _start_next(self) -> None:
-        name = self._waiting.pop(0)
-        arguments, before = self._prepare(name)
-        self._going[name] = start(arguments, self.folder(name)), before
-
-    def _prepare(self, name: str) -> tuple[list[str], dict[str, str]]:
-        folder = self.folder(name)
-        folder.mkdir()
-        CASES[name].prepare(folder)
-        return fill(CASES[name].command, folder).split(), files(folder)
-
-
-@pytest.fixture(scope="module")
-def commands(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Iterator[Commands]:
-    selected = [
-        item.callspec.params["name"]
-        for item in request.session.items
-        if isinstance(item, pytest.Function) and item.originalname == "test_mistake_is_told"
-    ]
-    commands = Commands(tmp_path_factory.mktemp("bad"), selected)
-    yield commands
-    commands.close()
+def _filled(text: str, folder: Path) -> str:
+    return text.replace("{tmp}", str(folder)).replace("{config}", str(QUICKSTART))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_mistake_is_told(name: str, commands: Commands) -> None:
-    case, outcome = CASES[name], commands.outcome(name)
+def test_mistake_is_told(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    case.prepare(tmp_path)
+    before = files(tmp_path)
+    ended = call(case.command, tmp_path)
+    after = {path: what for path, what in files(tmp_path).items() if path not in case.extra}
 
-    assert "Traceback" not in outcome.err
-    if case.code == 2:
-        assert plain(outcome.err).endswith(f" --help' for help. Error {case.said}")
-    else:
-        err = re.sub(r"\b[0-9a-f]{32}\b", "{fingerprint}", outcome.err)
-
-        assert err == fill(f"steppe: {case.said}\n", commands.folder(name))
-    assert (outcome.code, outcome.out) == (case.code, "")
-    assert {path: what for path, what in outcome.after.items() if path not in case.extra} == outcome.before
-
-
-def plain(err: str) -> str:
-    """A usage error without the frame around it."""
-    return " ".join(re.sub("[╭╮╰╯─│]", " ", err).split())
+    assert isinstance(ended.error, SteppeError), ended
+    assert (type(ended.error), ended.error.key) == (case.kind, _filled(case.key, tmp_path))
+    assert case.value in ended.error.problem
+    assert ended.error.fix
+    assert _filled(case.fix, tmp_path) in ended.error.fix
+    assert (ended.code, ended.out, ended.err) == (1, "", f"steppe: {ended.error}\n")
+    assert after == before
 
 
-# -- what needs more than a folder -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("command", USAGE)
+def test_wrong_usage_is_told(command: str, tmp_path: Path) -> None:
+    ended = call(command, tmp_path)
+    kind, named = USAGE[command]
+
+    assert type(ended.error).__name__ == kind
+    assert named in plain(ended.err)
+    assert "--help" in ended.err
+    assert (ended.code, ended.out, files(tmp_path)) == (2, "", {})
 
 
-def refused(*arguments: str, cwd: Path) -> str:
-    """What a command says that is refused and prints nothing."""
-    code, out, err = steppe(*arguments, cwd=cwd)
+def test_all_bounds_are_told_at_once(tmp_path: Path) -> None:
+    bad = {
+        "train.epochs": "9999999999",
+        "train.batch_size": "1",
+        "train.learning_rate": "0",
+        "train.seed": "-1",
+        "train.seeds": "seeds",  # unknown
+        "train.startup_wait_s": "inf",
+        "train.sam.rho": "-1",
+        "train.curriculum.strength": "-1",
+        "train.curriculum.fade_until": "0",
+        "data.subset": "1",
+        "model.width": "0",
+        "scoring.replicas": "5000",
+        "scoring.attack.epsilon": "-0.1",
+        "controller.block_size": "0",
+    }
+    ended = call(f"run {{config}} {' '.join(f'--set={key}={value}' for key, value in bad.items())}", tmp_path)
 
-    assert (code, out) == (1, "")
-    assert "Traceback" not in err
-    return err
-
-
-def test_taken_port_is_told_before_anything_starts(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port = taken.getsockname()[1]
-        said = refused("run", str(QUICKSTART), f"--set=rest.port={port}", cwd=tmp_path)
-
-    assert said == (
-        f"steppe: cannot listen on 127.0.0.1:{port}: the port is taken; "
-        "set rest.port to a free one, or to 0 to take any\n"
-    )
+    assert isinstance(ended.error, ConfigErrors)
+    assert {error.key: bad[error.key] in error.problem for error in ended.error.errors} == dict.fromkeys(bad, True)
+    assert all(error.fix for error in ended.error.errors)
+    assert (ended.code, ended.out, ended.err) == (1, "", f"steppe: {ended.error}\n")
     assert files(tmp_path) == {}
 
 
-@pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
-    """A run that is not up and that `steppe serve` answers for."""
-    folder = tmp_path_factory.mktemp("served")
-    run = make_run(folder)
-    with subprocess.Popen(
-        [STEPPE, "serve", str(run.path), "--port=0"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline().startswith(f"{run.path} is served at http://127.0.0.1:")
-        yield run
-        process.send_signal(signal.SIGTERM)
-        err = process.communicate(timeout=TIMEOUT_S)[1]
-
-        assert (process.returncode, err) == (130, "steppe: stopping in order; once more stops at once\n")
+def plain(err: str) -> str:
+    """Without the frame around a usage error."""
+    return " ".join("".join(" " if letter in "╭╮╰╯─│" else letter for letter in err).split())
 
 
-@pytest.mark.parametrize(
-    ("command", "said"),
-    [
-        ("query 100", "sample_id 100 is outside 0..99"),
-        ("query 5 -1", "body.ids.1: Input should be greater than or equal to 0"),
-        ("query 3 7 1234", "sample_id 1234 is outside 0..99"),
-        ("query 3 --measure=admm", f"no measure 'admm'; known: {', '.join(MEASURES)}"),
-        ("scale 2", "this service runs without scorers: the run is not up, or it is scored inside its training"),
-    ],
-    ids=lambda value: value if value.startswith(("query", "scale")) else "",
-)
-def test_question_to_a_served_run_is_refused(command: str, said: str, served: Run) -> None:
-    before = files(served.path)
+@pytest.mark.parametrize("prepare", [interrupted, finished, killed])
+def test_down_of_a_run_that_is_not_up_takes_nothing_but_its_address(
+    prepare: Callable[[Path], None], tmp_path: Path
+) -> None:
+    prepare(tmp_path)
+    before = files(tmp_path)
+    before.pop("runs/run/runtime.json", None)
 
-    assert refused(*command.split(), cwd=served.path.parents[1]) == f"steppe: {said}\n"
-    assert files(served.path) == before
+    assert call("down", tmp_path) == Ended(None, 0, f"{tmp_path}/runs/run was not up\n", "")
+    assert files(tmp_path) == before
 
 
-@pytest.mark.skipif(not namespaces_are_allowed(), reason="mount namespaces are not allowed here")
-def test_a_run_that_cannot_be_written_is_served_for_reading(tmp_path: Path) -> None:
-    """Such as one in an archive: there is no token, and none is needed."""
-    run = make_run(tmp_path)
-    (run.scores_uri / "store.json").write_text("torn")
-    before = files(run.path)
-    read_only = 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && exec "$0" serve "$1" --port=0'
-    with subprocess.Popen(
-        ["unshare", "-m", "sh", "-c", read_only, STEPPE, str(run.path)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as process:
-        assert process.stdout is not None
-        try:
-            url = process.stdout.readline().partition(" is served at ")[2].partition(",")[0]
-            with Client(url) as client:
-                assert client.get("/v1")["num_samples"] == SAMPLES
-                with pytest.raises(ServiceError, match="send the run's token"):
-                    client.scale(1)
-            process.send_signal(signal.SIGTERM)
-            err = process.communicate(timeout=TIMEOUT_S)[1]
-        finally:
-            process.kill()
+def test_file_that_the_driver_cannot_write_is_named(tmp_path: Path) -> None:
+    """As on a full disk."""
+    token = make_run(tmp_path).path / "token"
+    token.mkdir()
+    ended = call("run runs/run --resume --set=rest.port=0", tmp_path)
 
-    assert process.returncode == 130
-    assert "other steppe commands will not find this service: " in err
-    assert f"no scores can be asked for now: {run.scores_uri / 'store.json'} " in err
-    assert files(run.path) == before
+    assert isinstance(ended.error, IsADirectoryError)
+    assert ended.error.filename == str(token)
+    assert (ended.code, ended.out, ended.err) == (1, "", f"steppe: {ended.error.strerror}: {token}\n")
+    assert not (tmp_path / "runs/run/runtime.json").exists()
+
+
+# -- asking a run that is up -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -714,22 +525,120 @@ def steered(tmp_path: Path) -> Iterator[Controller]:
     controller.close()
 
 
-def test_number_of_scorers_that_cannot_be_is_refused(steered: Controller, tmp_path: Path) -> None:
-    for wanted in (-1, 5000):
-        assert refused("scale", str(wanted), cwd=tmp_path) == f"steppe: replicas is {wanted}; it must lie in 0..1024\n"
-        assert steered.status()["wanted"] == 1
+@pytest.mark.parametrize("wanted", [-1, 5000])
+def test_number_of_scorers_that_cannot_be_is_refused(wanted: int, steered: Controller, tmp_path: Path) -> None:
+    ended = call(f"scale {wanted}", tmp_path)
+
+    assert isinstance(ended.error, ConfigError)
+    assert str(wanted) in ended.error.problem
+    assert ended.error.fix
+    assert (ended.code, ended.out, ended.err) == (1, "", f"steppe: {ended.error}\n")
+    assert steered.status()["wanted"] == 1
 
 
-@pytest.mark.parametrize("prepare", [interrupted, finished, killed])
-def test_down_of_a_run_that_is_not_up_takes_nothing_but_its_address(
-    prepare: Callable[[Path], None], tmp_path: Path
-) -> None:
-    prepare(tmp_path)
-    before = files(tmp_path)
-    before.pop("runs/run/runtime.json", None)
+# -- processes of their own --------------------------------------------------------------------------------------------
 
-    assert steppe("down", cwd=tmp_path) == (0, f"{tmp_path}/runs/run was not up\n", "")
-    assert files(tmp_path) == before
+
+def start(arguments: Sequence[str], cwd: Path) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, start_new_session=True
+    )
+
+
+def end_of(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
+    """Exit code, stdout, stderr; nothing that it started is left."""
+    out, err = process.communicate(timeout=LIMIT_S)
+
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+    return process.returncode, out, err
+
+
+@contextlib.contextmanager
+def serving(arguments: Sequence[str], cwd: Path) -> "Iterator[tuple[str, Callable[[], str]]]":
+    """The address of a `steppe serve`, and what ends it, with SIGTERM, and returns its stderr."""
+    process = start(arguments, cwd)
+
+    def stop() -> str:
+        process.send_signal(signal.SIGTERM)
+        code, _, err = end_of(process)
+
+        assert code == 130
+        return err
+
+    try:
+        assert process.stdout is not None
+        assert select.select([process.stdout], [], [], LIMIT_S)[0]
+        yield process.stdout.readline().partition(" is served at ")[2].partition(",")[0], stop
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_taken_port_is_told_in_one_line_before_anything_starts(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        setting = f"rest.port={taken.getsockname()[1]}"
+        command = f"run {{config}} --set={setting}"
+        here = call(command, tmp_path)
+        there = end_of(start([STEPPE, "run", str(QUICKSTART), f"--set={setting}"], tmp_path))
+
+    assert (type(here.error), here.error.key) == (ConfigError, "rest.port")
+    assert setting.partition("=")[2] in here.error.problem
+    assert here.error.fix
+    assert there == (1, "", f"steppe: {here.error}\n")
+    assert files(tmp_path) == {}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """A run that is not up and that `steppe serve` answers for."""
+    folder = tmp_path_factory.mktemp("served")
+    run = make_run(folder)
+    with serving([STEPPE, "serve", str(run.path), "--port=0"], folder) as (url, stop):
+        assert url.startswith("http://127.0.0.1:")
+        yield run
+        assert stop() == "steppe: stopping in order; once more stops at once\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "kind", "value"),
+    [
+        ("query 100", DataError, "100"),
+        ("query 5 -1", ConfigError, "ids.1"),
+        ("query 3 7 1234", DataError, "1234"),
+        ("query 3 --measure=admm", ConfigError, "'admm'"),
+        ("scale 2", ServiceError, "without scorers"),
+    ],
+)
+def test_question_to_a_served_run_is_refused(command: str, kind: type[SteppeError], value: str, served: Run) -> None:
+    before = files(served.path)
+    ended = call(command, served.path.parents[1])
+
+    assert type(ended.error) is kind
+    assert value in ended.error.problem
+    assert ended.error.fix
+    assert (ended.code, ended.out, ended.err) == (1, "", f"steppe: {ended.error}\n")
+    assert files(served.path) == before
+
+
+@pytest.mark.skipif(not namespaces_are_allowed(), reason="mount namespaces are not allowed here")
+def test_a_run_that_cannot_be_written_is_served_for_reading(tmp_path: Path) -> None:
+    """Such as one in an archive: there is no token, and none is needed."""
+    run = make_run(tmp_path)
+    store = run.scores_uri / "store.json"
+    store.write_text("torn")
+    before = files(run.path)
+    read_only = 'mount --bind "$1" "$1" && mount -o remount,bind,ro "$1" && exec "$0" serve "$1" --port=0'
+    with serving(["unshare", "-m", "sh", "-c", read_only, STEPPE, str(run.path)], tmp_path) as (url, stop):
+        with Client(url) as client:
+            assert client.get("/v1")["num_samples"] == SAMPLES
+            with refuses(ServiceError, value="token"):
+                client.scale(1)
+        err = stop()
+
+    assert os.strerror(errno.EROFS) in err  # other commands cannot be told the address
+    assert str(store) in err
+    assert files(run.path) == before
 
 
 def test_interrupt_before_anything_began_is_no_traceback(tmp_path: Path) -> None:
@@ -738,21 +647,21 @@ def test_interrupt_before_anything_began_is_no_traceback(tmp_path: Path) -> None
     pipe = tmp_path / "images/train-images-idx3-ubyte"
     pipe.unlink()
     os.mkfifo(pipe)
-    arguments = ("run", str(QUICKSTART), "--set=rest.port=0", FASHION, "--set=data.root=images")
-    process = start(arguments, tmp_path)
-    with open(pipe, "wb"):  # returns once it is read
+    process = start([STEPPE, "run", str(QUICKSTART), *FASHION.split(), "--set=data.root=images"], tmp_path)
+
+    def opened() -> int | None:
+        assert process.poll() is None, process.communicate()
+        with contextlib.suppress(OSError):  # nobody reads yet
+            return os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+        return None
+
+    try:
+        descriptor = wait_for(opened, "a reader of the pipe")
         process.send_signal(signal.SIGINT)
-        ended = end_of(process)
+        assert end_of(process) == (130, "", "")
+        os.close(descriptor)
+    finally:
+        process.kill()
+        process.wait()
 
-    assert ended == (130, "", "")
     assert not (tmp_path / "runs").exists()
-
-
-def test_file_that_the_driver_cannot_write_is_named(tmp_path: Path) -> None:
-    """As on a full disk."""
-    make_run(tmp_path)
-    (tmp_path / "runs/run/token").mkdir()
-    said = refused("run", "runs/run", "--resume", "--set=rest.port=0", cwd=tmp_path)
-
-    assert said == f"steppe: Is a directory: {tmp_path}/runs/run/token\n"
-    assert not (tmp_path / "runs/run/runtime.json").exists()

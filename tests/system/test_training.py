@@ -18,6 +18,7 @@ from shared.checkpoints import stable
 from shared.datasets import load_dataset
 from shared.errors import ConfigError, TrainingDiverged
 from shared.events import read_events
+from tests.raising import refuses
 from tests.waiting import wait_for
 from trainer.feed import NoScores
 from trainer.loop import Progress
@@ -183,7 +184,7 @@ def test_a_training_that_diverges_is_not_tried_again(ray_cluster: None, run_fold
     config = make_config(learning_rate=1e30, momentum=0.0)
     run = make_run(run_folder, config)
 
-    with pytest.raises(TrainingDiverged, match="the loss is not finite at step"):
+    with pytest.raises(TrainingDiverged):
         Watcher().train(config, run)
     assert len(attempts(run.path)) == 1
 
@@ -194,7 +195,7 @@ def test_what_fails_again_and_again_is_raised_as_it_is(ray_cluster: None, run_fo
     config = make_config(3)
     run = make_run(run_folder, config)
 
-    with pytest.raises(ConfigError, match="set it to a multiple of 3"):
+    with refuses(ConfigError, "train.batch_size", 20):
         Watcher().train(config, run)
     assert len(attempts(run.path)) == 2
 

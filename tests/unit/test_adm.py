@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from scorer.adm import log_softplus, score_batch
 from scorer.attacks import Attack, Fgsm, Pgd
+from shared.errors import DataError
 from shared.schema import FLOAT_COLUMNS, MEASURED_COLUMNS
+from tests.raising import refuses
 
 FAR = 80.0
 ATTACKS = {
@@ -294,7 +296,7 @@ def test_a_backward_pass_in_flight_still_works():
 def test_a_refusal_leaves_the_model_too():
     net, (x, _) = busy_net(), images()
     before = state_of(net)
-    with pytest.raises(ValueError, match=r"outside 0\.\.2"):
+    with refuses(DataError, "y_B", "label 3"):
         score_batch(net, x, torch.full((len(x),), 3), Fgsm(0.1))
 
     assert before == state_of(net)
@@ -354,29 +356,29 @@ def test_without_a_clamp_range_inputs_may_lie_anywhere():
 
 X, Y = torch.full((2, 1, 8, 8), 0.5), torch.tensor([0, 1])
 REFUSED = {
-    "label below 0": (X, torch.tensor([0, -1]), "label -1 is below 0"),
-    "label too high": (X, torch.tensor([0, 3]), "label 3 is outside 0..2"),
-    "float labels": (X, Y.float(), "labels are torch.float32"),
-    "bool labels": (X, Y.bool(), "labels are torch.bool"),
-    "integer images": ((X * 255).to(torch.uint8), Y, "inputs are torch.uint8"),
-    "pixel above the range": (X + 0.51, Y, "outside the clamp range"),
-    "pixel below the range": (X - 0.51, Y, "outside the clamp range"),
-    "one NaN pixel": (X.index_fill(0, torch.tensor([1]), math.nan), Y, "nan"),
-    "more labels": (X, torch.tensor([0, 1, 2]), "do not match"),
-    "fewer labels": (X, torch.tensor([0]), "do not match"),
-    "labels as one-hot": (X, torch.eye(2, dtype=torch.int64), "do not match"),
+    "label below 0": (X, torch.tensor([0, -1]), "y_B", "label -1"),
+    "label too high": (X, torch.tensor([0, 3]), "y_B", "label 3"),
+    "float labels": (X, Y.float(), "y_B", torch.float32),
+    "bool labels": (X, Y.bool(), "y_B", torch.bool),
+    "integer images": ((X * 255).to(torch.uint8), Y, "x_BCHW", torch.uint8),
+    "pixel above the range": (X + 33 / 64, Y, "x_BCHW", 1 + 1 / 64),
+    "pixel below the range": (X - 33 / 64, Y, "x_BCHW", -1 / 64),
+    "one NaN pixel": (X.index_fill(0, torch.tensor([1]), math.nan), Y, "x_BCHW", math.nan),
+    "more labels": (X, torch.tensor([0, 1, 2]), "y_B", "labels of shape (3,)"),
+    "fewer labels": (X, torch.tensor([0]), "y_B", "labels of shape (1,)"),
+    "labels as one-hot": (X, torch.eye(2, dtype=torch.int64), "y_B", "labels of shape (2, 2)"),
 }
 
 
-@pytest.mark.parametrize(("x", "y", "message"), REFUSED.values(), ids=REFUSED)
-def test_inputs_that_cannot_be_scored_are_refused(x, y, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize(("x", "y", "key", "value"), REFUSED.values(), ids=REFUSED)
+def test_inputs_that_cannot_be_scored_are_refused(x, y, key, value):
+    with refuses(DataError, key, value):
         score_batch(mlp(), x, y, Fgsm(0.1))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_pixels_that_are_not_finite_are_refused_without_a_clamp_range_too(value):
-    with pytest.raises(ValueError, match=str(value)):
+    with refuses(DataError, "x_BCHW", value):
         score_batch(mlp(), X.index_fill(0, torch.tensor([1]), value), Y, Fgsm(0.1, clamp=None))
 
 
@@ -384,5 +386,5 @@ def test_pixels_that_are_not_finite_are_refused_without_a_clamp_range_too(value)
     "net", [nn.Flatten(0), nn.Sequential(nn.Flatten(), nn.Linear(64, 1))], ids=["(B*64,)", "K = 1"]
 )
 def test_logits_of_another_shape_are_refused(net):
-    with pytest.raises(ValueError, match="the model gives logits of shape"):
+    with refuses(DataError, "model", tuple(net(X).shape)):
         score_batch(net, X, torch.zeros(2, dtype=torch.int64), Fgsm(0.1))

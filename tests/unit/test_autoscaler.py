@@ -31,9 +31,12 @@ from services.autoscaler import (
 from services.config import AutoscaleConfig, ControllerConfig
 from services.controller import Controller, Drain, Start
 from shared.attempts import begin
+from shared.config import make_config
+from shared.errors import ConfigError
 from shared.events import read_events
 from shared.score_store import ScoreReader
 from tests.autoscaling import Phase, Simulation, checkpoint
+from tests.raising import refuses
 from tests.rows import make_rows
 
 # One scorer scores 100 * 10 = 1,000 samples between two checkpoints, a block in 0.15 of that time. Of 4 versions 2.85
@@ -641,7 +644,6 @@ def test_wish_during_a_look_at_the_files_holds(tmp_path: Path, clock: Clock, mon
 
 
 def test_limits_that_leave_no_room_are_refused() -> None:
-    with pytest.raises(
-        ValueError, match=r"autoscale\.min_replicas is 5, above max_replicas, 4; set it to that or less"
-    ):
-        AutoscaleConfig(min_replicas=5)
+    with refuses(ConfigError, "controller.autoscale.min_replicas", "5, above max_replicas, 4"):
+        make_config(AutoscaleConfig, {"min_replicas": 5})
+    assert make_config(AutoscaleConfig, {"min_replicas": 4}).min_replicas == 4

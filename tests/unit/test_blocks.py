@@ -6,6 +6,7 @@ import pytest
 from services.blocks import BlockTable
 from shared.errors import ConfigError
 from shared.leases import Lease
+from tests.raising import refuses
 
 NO_LEASE = 0  # ids begin with 1
 
@@ -161,7 +162,10 @@ def test_restore_takes_a_block_for_as_old_as_its_oldest_sample():
     assert lease(BlockTable(40, 10), 0) is None
 
 
-@pytest.mark.parametrize(("samples", "size"), [(0, 10), (10, 0), (-1, 1)])
-def test_sizes_below_one_are_refused(samples, size):
-    with pytest.raises(ConfigError, match="at least 1"):
+@pytest.mark.parametrize(
+    ("samples", "size", "key", "value"),
+    [(0, 10, "num_samples", 0), (10, 0, "block_size", 0), (-1, 1, "num_samples", -1)],
+)
+def test_sizes_below_one_are_refused(samples, size, key, value):
+    with refuses(ConfigError, key, value):
         BlockTable(samples, size)

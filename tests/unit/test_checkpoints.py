@@ -13,6 +13,7 @@ from torch import nn
 
 from shared.checkpoints import PERTURBED_FLAG, CheckpointPublisher, load, newest, stable
 from shared.errors import CheckpointCorrupt, CheckpointError, PerturbedWeights
+from tests.raising import refuses
 
 
 def linear(value: float) -> nn.Linear:
@@ -131,7 +132,7 @@ def test_reserved_version_is_not_reused_although_it_was_never_finished(
         patch.setattr(safetensors.torch, "save", lambda _: 1 / 0)
         publisher = CheckpointPublisher(tmp_path)
         assert publisher.publish(linear(2), 2) == 2
-        with pytest.raises(CheckpointError):
+        with refuses(CheckpointError, str(tmp_path / "checkpoints"), "division by zero"):
             publisher.close()
     assert versions(tmp_path) == [1]
     after = CheckpointPublisher(tmp_path)
@@ -184,7 +185,7 @@ def test_damaged_weights(tmp_path: Path, damage: object) -> None:
     assert first is not None
     damage(first.path / "weights.safetensors")  # type: ignore[operator]
 
-    with pytest.raises(CheckpointCorrupt, match=r"v00000002/weights\.safetensors"):
+    with refuses(CheckpointCorrupt, str(tmp_path / "checkpoints" / "v00000002" / "weights.safetensors")):
         load(first)
     second = list(stable(tmp_path))[1]
     assert load(second)["bias"].item() == 1
@@ -263,7 +264,7 @@ def test_failure_of_the_background_thread_surfaces_in_the_caller(
     publisher.publish(linear(1), 1)
 
     for call in (publisher.flush, publisher.close):
-        with pytest.raises(CheckpointError, match=r"publishing to .*checkpoints failed: .*No space left"):
+        with refuses(CheckpointError, str(tmp_path / "checkpoints"), "No space left"):
             call()
     assert publisher.failed == 1
     assert newest(tmp_path) is None
@@ -290,7 +291,7 @@ def test_perturbed_weights_are_refused_and_use_no_version(tmp_path: Path) -> Non
     model = linear(1)
     with CheckpointPublisher(tmp_path) as publisher:
         setattr(model.bias, PERTURBED_FLAG, True)
-        with pytest.raises(PerturbedWeights):
+        with refuses(PerturbedWeights, "model"):
             publisher.publish(model, 1)
         delattr(model.bias, PERTURBED_FLAG)
         assert publisher.publish(model, 1) == 1
@@ -303,14 +304,14 @@ def test_closed_publisher(tmp_path: Path) -> None:
     publisher.close()
 
     assert versions(tmp_path) == [1]
-    with pytest.raises(CheckpointError, match="closed"):
+    with refuses(CheckpointError, "", "closed"):
         publisher.publish(linear(2), 2)
 
 
-@pytest.mark.parametrize("settings", [{"keep_last": 0}, {"max_pending": 0}])
-def test_settings_that_cannot_work(tmp_path: Path, settings: dict[str, int]) -> None:
-    with pytest.raises(CheckpointError, match=f"{next(iter(settings))} (is )?0"):
-        CheckpointPublisher(tmp_path, **settings)
+@pytest.mark.parametrize("key", ["keep_last", "max_pending"])
+def test_settings_that_cannot_work(tmp_path: Path, key: str) -> None:
+    with refuses(CheckpointError, key, 0):
+        CheckpointPublisher(tmp_path, **{key: 0})
 
 
 def test_version_that_cannot_be_reserved_is_counted_and_the_training_goes_on(tmp_path: Path) -> None:

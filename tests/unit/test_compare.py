@@ -18,7 +18,8 @@ from deploy.compare.report import to_text
 from deploy.compare.workers import Workers
 from deploy.config import RunConfig
 from shared.config import make_config, read_config
-from shared.errors import CellFailed, ConfigError, DataError, RunError
+from shared.errors import CellFailed, ConfigError, DataError, RunError, SteppeError
+from tests.raising import refuses
 
 BASE: dict[str, Any] = {
     "name": "tiny",
@@ -112,38 +113,46 @@ def test_toml_is_read_with_set_and_nested_sections(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "text"),
+    ("changes", "key", "value"),
     [
-        ({"candidate": "adn"}, "no method 'adn'; there are sam, adm"),
-        ({"controls": ["sam", "erm"]}, "no method 'erm'"),
-        ({"controls": ["adm"]}, "the candidate, adm, is among controls"),
-        ({"controls": ["sam", "sam"]}, "controls names a method twice"),
-        ({"equivalences": [{"a": "sam", "b": "asam"}]}, "no method 'asam'"),
-        ({"method": methods(x={"like": "y"})}, "no method 'y'"),
+        ({"candidate": "adn"}, "candidate", "'adn'"),
+        ({"controls": ["sam", "erm"]}, "controls", "'erm'"),
+        ({"controls": ["adm"]}, "controls", "candidate, adm"),
+        ({"controls": ["sam", "sam"]}, "controls", "sam, sam"),
+        ({"equivalences": [{"a": "sam", "b": "asam"}]}, "equivalences", "'asam'"),
+        ({"method": methods(x={"like": "y"})}, "method.x", "'y'"),
         (
             {"method": methods(x={"like": "y"}, y={"equal_compute": "x"}, z={"like": "x"})},
-            "in a circle: x -> y -> x;",
+            "method.x",
+            "x -> y -> x",
         ),
-        ({"method": methods(z={"like": "x"}, x={"like": "x"})}, "in a circle: x -> x;"),
-        ({"method": methods(x={"sett": {}})}, "method.x.sett: unknown setting; did you mean method.x.set?"),
-        ({"method": methods(x={"search": {"train.sam.rho": []}})}, "must name at least 1"),
-        ({"method": methods(x={"set": {"train.sam.rho": [1]}})}, r"method.x.set.train.sam.rho: \[1\] must be"),
-        ({"method": methods(x={"set": {"train.seed": 3}})}, "method.x sets train.seed, but seeds count from"),
-        ({"method": methods(x={"search": {"data.validation": [3]}})}, "method.x sets data.validation, but only the"),
-        ({"base": {"data": {"noise_seed": 3}}}, "base sets data.noise_seed"),
-        ({"data": {"digits": {"validation": 9, "set": {"data.validation": 5}}}}, "data.digits sets data.validation"),
+        ({"method": methods(z={"like": "x"}, x={"like": "x"})}, "method.x", ": x -> x"),
+        ({"method": methods(x={"search": {"train.sam.rho": []}})}, "method.x.search.train.sam.rho", "[]"),
+        ({"method": methods(x={"set": {"train.sam.rho": [1]}})}, "method.x.set.train.sam.rho", "[1]"),
+        ({"method": methods(x={"set": {"train.seed": 3}})}, "method.x.train.seed", "first_seed"),
+        ({"method": methods(x={"search": {"data.validation": [3]}})}, "method.x.data.validation", "search"),
+        ({"base": {"data": {"noise_seed": 3}}}, "base.data.noise_seed", "seed"),
+        ({"data": {"digits": {"validation": 9, "set": {"data.validation": 5}}}}, "data.digits.data.validation", ""),
         (
             {"method": methods(x={"equal_compute": "sam", "set": {"train.epochs": 3}})},
-            "method.x sets train.epochs, which equal_compute decides",
+            "method.x.train.epochs",
+            "equal_compute",
         ),
-        ({"method": methods(x={"equal_compute": "sam"}, y={"like": "x"})}, "method.y is like x, whose epochs"),
-        ({"data": {"digits": {"set": {}}}}, "data.digits.validation: missing"),
-        ({"seeds": 1}, "seeds = 1: must be at least 2"),
+        ({"method": methods(x={"equal_compute": "sam"}, y={"like": "x"})}, "method.y.like", "x"),
+        ({"data": {"digits": {"set": {}}}}, "data.digits.validation", "missing"),
+        ({"seeds": 1}, "seeds", 1),
     ],
 )
-def test_what_cannot_work_is_refused_by_name(changes: dict[str, Any], text: str) -> None:
-    with pytest.raises(ConfigError, match=text):
+def test_what_cannot_work_is_refused_by_name(changes: dict[str, Any], key: str, value: object) -> None:
+    with refuses(ConfigError, key, value):
         configured(**changes)
+
+
+def test_for_an_unknown_key_of_a_method_the_nearest_is_proposed() -> None:
+    with refuses(ConfigError, "method.x.sett") as caught:
+        configured(method=methods(x={"sett": {}}))
+
+    assert "method.x.set" in caught.value.fix
 
 
 def test_stages_follow_what_methods_need() -> None:
@@ -240,7 +249,7 @@ def test_a_diverged_final_run_is_said_and_in_no_mean(trained: Any, tmp_path: Pat
 
 def test_equal_compute_has_no_cost_when_all_diverged(trained: Any, tmp_path: Path) -> None:
     trained(lambda cell: None if cell.method == "adm" else 0.5)
-    with pytest.raises(ConfigError, match="all runs of adm on digits diverged, so more has no cost to be equal to"):
+    with refuses(ConfigError, "method.more.equal_compute", "adm on digits"):
         compare(configured(method=methods(more={"like": "sam", "equal_compute": "adm"})), tmp_path, "", 1, str)
 
 
@@ -275,35 +284,48 @@ def test_epochs_for_a_cost(settings: dict[str, Any], cost: float, epochs: int) -
 
 
 @pytest.mark.parametrize(
-    ("changes", "kind", "text"),
+    ("changes", "kind", "key", "value", "cell"),
     [
-        ({"base": {"train": {"epoch": 3}}}, ConfigError, "method sam on digits: train.epoch: unknown setting; did you"),
+        ({"base": {"train": {"epoch": 3}}}, ConfigError, "train.epoch", "", "sam on digits"),
         (
             {"method": methods(x={"search": {"train.sam.rho": [0.1, -1]}})},
             ConfigError,
-            "method x on digits: train.sam.rho = -1: must be at least 0",
+            "train.sam.rho",
+            -1,
+            "x on digits",
         ),
-        ({"data": {"d": {"validation": 1437, "set": {}}}}, DataError, "method sam on d: data.validation is 1437"),
+        ({"data": {"d": {"validation": 1437, "set": {}}}}, DataError, "data.validation", 1437, "sam on d"),
         (
             {"data": {"d": {"validation": 9, "set": {"data.name": "fashion_mnist", "data.root": "/nowhere"}}}},
             DataError,
-            "method sam on d: Fashion-MNIST is not at /nowhere",
+            "data.root",
+            "/nowhere",
+            "sam on d",
         ),
-        ({"base": {"train": {"batch_size": 1400}}}, ConfigError, "method sam on digits: train.batch_size is 1400"),
+        ({"base": {"train": {"batch_size": 1400}}}, ConfigError, "train.batch_size", 1400, "sam on digits"),
         (
             {"method": methods(x={"equal_compute": "sam", "set": {"scoring.mode": "async"}})},
             ConfigError,
-            "method x on digits: what scoring.mode 'async' costs is not known",
+            "scoring.mode",
+            "'async'",
+            "x on digits",
         ),
     ],
 )
 def test_no_cell_is_trained_when_one_cannot_be(
-    trained: Any, tmp_path: Path, changes: dict[str, Any], kind: type[Exception], text: str
+    trained: Any,
+    tmp_path: Path,
+    changes: dict[str, Any],
+    kind: type[SteppeError],
+    key: str,
+    value: object,
+    cell: str,
 ) -> None:
     fake = trained(lambda _: 0.5)
-    with pytest.raises(kind, match=text):
+    with refuses(kind, key, value) as caught:
         compare(configured(**changes), tmp_path, "", 1, str)
 
+    assert cell in caught.value.problem
     assert not fake.trained
 
 
@@ -313,15 +335,15 @@ def test_other_images_are_refused(trained: Any, tmp_path: Path) -> None:
     committed = json.loads((tmp_path / "settings.json").read_bytes())
     (tmp_path / "settings.json").write_text(json.dumps(committed | {"fingerprints": {"digits": "another"}}))
 
-    with pytest.raises(ConfigError, match="chosen on other images of digits"):
+    with refuses(ConfigError, "data.digits", tmp_path / "settings.json"):
         compare(configured(), tmp_path, "", 1, str)
 
 
-@pytest.mark.parametrize(("content", "text"), [("{", "is not whole"), ("{}", "lacks 'of'")])
-def test_a_damaged_commitment_is_refused(trained: Any, tmp_path: Path, content: str, text: str) -> None:
+@pytest.mark.parametrize(("content", "value"), [("{", "line 1"), ("{}", "'of'")])
+def test_a_damaged_commitment_is_refused(trained: Any, tmp_path: Path, content: str, value: str) -> None:
     fake = trained(lambda _: 0.5)
     (tmp_path / "settings.json").write_text(content)
-    with pytest.raises(ConfigError, match=text):
+    with refuses(ConfigError, str(tmp_path / "settings.json"), value):
         compare(configured(), tmp_path, "", 1, str)
 
     assert not fake.trained
@@ -340,18 +362,18 @@ def test_candidate_controls_and_labels_may_change_afterwards(trained: Any, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("mode", "changes", "text"),
+    ("mode", "changes", "value"),
     [
         ("async", {}, None),
-        ("async", {"coverage": 0.5}, "50% of the samples were scored"),
+        ("async", {"coverage": 0.5}, "50%"),
         ("off", {"coverage": 0.0}, None),
         ("every_epoch", {"scored_rows": 200}, None),
-        ("every_epoch", {"scored_rows": 199}, "199 of 200 rows were scored"),
+        ("every_epoch", {"scored_rows": 199}, "199 of 200"),
         ("every_epoch", {"scored_rows": 150, "quarantined_rows": 50}, None),
     ],
 )
 def test_a_training_without_its_scores_is_no_result(
-    tmp_path: Path, mode: str, changes: dict[str, Any], text: str | None
+    tmp_path: Path, mode: str, changes: dict[str, Any], value: str | None
 ) -> None:
     (tmp_path / "run.json").write_text(
         json.dumps(
@@ -373,15 +395,15 @@ def test_a_training_without_its_scores_is_no_result(
         "run_folder": str(tmp_path),
     }
 
-    if text is None:
+    if value is None:
         cells._check_scored(config, summary | changes)
     else:
-        with pytest.raises(CellFailed, match=text):
+        with refuses(CellFailed, "scoring.mode", value):
             cells._check_scored(config, summary | changes)
 
 
 def test_nothing_to_report_before_the_settings_are_chosen(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no settings are chosen yet; train first"):
+    with refuses(ConfigError, "settings.json", tmp_path / "none"):
         report_only(configured(), tmp_path / "none", "")
 
     assert not (tmp_path / "none").exists()
@@ -391,7 +413,7 @@ def test_nothing_to_report_before_a_final_run(trained: Any, tmp_path: Path) -> N
     trained(lambda cell: 0.5 if cell.seed < 1000 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         compare(configured(), tmp_path, "", 1, str)
-    with pytest.raises(ConfigError, match="no final run is finished; train first"):
+    with refuses(ConfigError, "cells", tmp_path):
         report_only(configured(), tmp_path, "")
 
 
@@ -413,6 +435,6 @@ def test_a_folder_at_work_is_refused(trained: Any, tmp_path: Path) -> None:
     trained(lambda _: 0.5)
     with (
         module._locked(tmp_path),
-        pytest.raises(RunError, match=r"another steppe compare is at work in .*; --report tells what is finished"),
+        refuses(RunError, str(tmp_path)),
     ):
         compare(configured(), tmp_path, "", 1, str)

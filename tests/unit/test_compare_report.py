@@ -17,6 +17,7 @@ from deploy.compare.report import (
 )
 from deploy.compare.statistics import AHEAD, BEHIND, NOT_TESTED
 from shared.errors import DataError
+from tests.raising import refuses
 
 SAM = [0.80, 0.81, 0.82, 0.83]
 UP = [0.81, 0.83, 0.83, 0.85]  # 1, 2, 1, 2 points above SAM: mean 1.5, deviation 1/sqrt(3), error 0.288675
@@ -236,11 +237,12 @@ def test_without_plain_sam_costs_are_relative_to_the_candidate(results: dict[str
 
 
 def test_mistakes_name_value_and_fix(results: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match="'adam' is not among the methods of the comparison; name one of: sam, adm"):
+    with refuses(DataError, "methods", "'adam'") as caught:
         report(results | {"candidate": "adam"})
-    with pytest.raises(DataError, match="'adam' is not among the methods"):
+    assert "sam, adm" in caught.value.fix
+    with refuses(DataError, "methods", "'adam'"):
         report(results | {"equivalences": [{"a": "adm", "b": "adam", "margin": 1.0}]})
-    with pytest.raises(DataError, match="'soft' is not among the data"):
+    with refuses(DataError, "data", "'soft'"):
         report(results | {"cells": cells("soft", "sam", SAM, 1.0)})
-    with pytest.raises(DataError, match="the cell of easy, sam, seed 100 is there twice; keep one"):
+    with refuses(DataError, "cells", "easy, sam, seed 100"):
         report(results | {"cells": results["cells"] + results["cells"][:1]})

@@ -12,12 +12,13 @@ import pytest
 
 from services.config import ControllerConfig
 from services.controller import Controller, Drain, Start
-from shared.errors import ConfigError, ServiceError, StoreMismatch
+from shared.errors import ConfigError, Fenced, ServiceError, StoreMismatch
 from shared.freshness import staleness_bound
 from shared.leases import Lease
 from shared.schema import FLOAT_COLUMNS, QUARANTINE_SCHEMA
 from shared.score_store import ScoreReader, ScoreWriter
 from shared.store_files import StoreFiles
+from tests.raising import refuses
 from tests.rows import make_rows
 from tests.waiting import wait_for
 
@@ -194,7 +195,7 @@ def test_status_knows_what_each_scorer_did(tmp_path):
 @pytest.mark.parametrize("replicas", [-1, 1025, 10**12])
 def test_a_wanted_number_out_of_range_is_refused(tmp_path, replicas):
     with controller_of(tmp_path) as controller:
-        with pytest.raises(ConfigError, match=rf"replicas is {replicas}; it must lie in 0..1024"):
+        with refuses(ConfigError, "replicas", replicas):
             controller.set_wanted(replicas)
 
         assert controller.status()["wanted"] == 2
@@ -219,24 +220,24 @@ def test_a_restarted_controller_fences_the_one_before(tmp_path):
     lease = old.lease("a", 1)
     with controller_of(tmp_path) as new:
         old.submit("a", lease.lease_id, make_rows(lease.sample_ids, 1))
-        failure = wait_for(lambda: old.status()["trouble"], what="the fence")
+        wait_for(lambda: old.status()["trouble"], what="the fence")
 
-        assert "took over" in failure
         for call in (
             lambda: old.lease("a", 1),
             lambda: old.submit("a", lease.lease_id, make_rows(lease.sample_ids, 1)),
             lambda: old.decide(()),
             old.close,
         ):
-            with pytest.raises(ServiceError, match="cannot commit any more"):
+            with pytest.raises(ServiceError) as caught:
                 call()
+            assert isinstance(caught.value.__cause__, Fenced)
         score(new, 2)
     assert {2} == set(reader_of(tmp_path).table().column("model_version").to_pylist())
 
 
 def test_a_store_of_another_scoring_id_is_refused(tmp_path):
     open_controller(tmp_path).close()
-    with pytest.raises(StoreMismatch, match="scoring_id"):
+    with refuses(StoreMismatch, value="scoring_id"):
         Controller(str(tmp_path), SAMPLES, "other", ControllerConfig())
 
 

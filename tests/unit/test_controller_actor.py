@@ -13,6 +13,7 @@ from shared.events import read_events
 from shared.schema import arrow_file
 from shared.score_store import ScoreReader, ScoreWriter
 from shared.storage import Folder
+from tests.raising import refuses
 from tests.rows import make_rows
 
 SAMPLES = 6
@@ -85,7 +86,7 @@ def test_store_that_cannot_be_opened_is_tried_again_by_the_next_call(tmp_path: P
         actor.status,
     ]
     for call in calls:
-        with pytest.raises(ServiceError, match=r"the controller cannot open the score store: .*scores"):
+        with refuses(ServiceError, value=scores):
             call()
     actor.close()
     events = list(read_events(tmp_path))
@@ -121,7 +122,7 @@ def test_damaged_store_is_reopened_once_it_is_repaired(tmp_path: Path) -> None:
     whole = description.read_bytes()
     description.write_bytes(whole[:-4])
     actor = make_actor(tmp_path)
-    with pytest.raises(ServiceError, match=r"store\.json"):
+    with refuses(ServiceError, value=description):
         actor.status()
     description.write_bytes(whole)
 
@@ -134,7 +135,7 @@ def test_store_of_another_attack_is_a_mismatch(tmp_path: Path) -> None:
     ScoreWriter(tmp_path / "scores", SAMPLES, scoring_id="other").close()
     actor = make_actor(tmp_path)
     for _ in range(2):
-        with pytest.raises(StoreMismatch, match="scoring_id"):
+        with refuses(StoreMismatch, value="scoring_id"):
             actor.status()
 
     assert ups(tmp_path) == []
@@ -146,7 +147,7 @@ def test_store_of_another_attack_is_a_mismatch_between_two_attempts_too(tmp_path
     ScoreWriter(tmp_path / "scores", SAMPLES, scoring_id="other").close()
     actor = make_actor(tmp_path)
     for _ in range(2):
-        with pytest.raises(StoreMismatch, match="scoring_id"):
+        with refuses(StoreMismatch, value="scoring_id"):
             actor.status()
 
 

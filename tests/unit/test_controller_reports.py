@@ -14,11 +14,12 @@ from services.config import ControllerConfig
 from services.controller import Controller
 from services.quarantine import QUARANTINE_FILE
 from shared.attempts import begin
-from shared.errors import RunError, ServiceError
+from shared.errors import Fenced, RunError, ServiceError
 from shared.events import EVENTS_FILE, read_events
 from shared.leases import Lease
 from shared.score_store import ScoreReader, ScoreWriter
 from shared.store_files import StoreFiles
+from tests.raising import refuses
 from tests.rows import make_rows
 from tests.waiting import wait_for
 
@@ -197,7 +198,7 @@ def test_rows_of_a_failed_flush_are_committed_by_the_thread(tmp_path: Path, monk
             with pytest.raises(OSError, match="No space left"):
                 controller.flush()
 
-        wait_for(lambda: controller.status()["store_version"] == 1, timeout_s=0.5, what="the commit")
+        wait_for(lambda: controller.status()["store_version"] == 1, "the commit")
 
 
 def test_flush_after_a_takeover_is_refused(tmp_path: Path) -> None:
@@ -206,8 +207,9 @@ def test_flush_after_a_takeover_is_refused(tmp_path: Path) -> None:
         score(old, 1)
         wait_for(lambda: old.status()["trouble"], what="the fence")
 
-        with pytest.raises(ServiceError, match="cannot commit any more"):
+        with pytest.raises(ServiceError) as caught:
             old.flush()
+    assert isinstance(caught.value.__cause__, Fenced)
 
 
 def test_failing_commits_are_in_the_diary_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -257,5 +259,5 @@ def test_damaged_attempt_is_named(tmp_path: Path) -> None:
     (tmp_path / "train").mkdir()
     (tmp_path / "train" / "attempt-0001.json").write_text(json.dumps([]))
 
-    with pytest.raises(RunError, match=r"attempt-0001\.json is damaged"):
+    with refuses(RunError, str(tmp_path / "train" / "attempt-0001.json")):
         open_controller(tmp_path)

@@ -62,13 +62,13 @@ def test_a_check_that_raises_is_a_problem() -> None:
         raise ZeroDivisionError("no such luck")
 
     def refuses(_: Place) -> Iterator[Finding]:
-        raise ConfigError("the port 1 is taken; take another; or none")
+        raise ConfigError("the port 1 is taken; by whom is not known", fix="take another; or none")
         yield
 
     place = Place("runs", "127.0.0.1", 0)
     assert run_check("x", broken, place) == [Finding("x", "problem", "ZeroDivisionError: no such luck")]
     assert run_check("y", refuses, place) == [
-        Finding("y", "problem", "the port 1 is taken", "take another; or none"),
+        Finding("y", "problem", "the port 1 is taken; by whom is not known", "take another; or none"),
     ]
 
 

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from shared.errors import StateError
+from tests.raising import refuses
 from tests.unit.test_sampler import graded
 from trainer.draws import DrawLog, Recorded
 from trainer.sampler import CurriculumSampler, Window
@@ -64,18 +65,18 @@ def test_a_log_that_was_cut_off_is_replayed_up_to_there(tmp_path: Path) -> None:
     again = replayed(tmp_path)
 
     assert take(again, 20) == drawn[:20]
-    with pytest.raises(StateError, match=r"no draws for epoch 0 from position 20 on; .* as far as it was trained"):
+    with refuses(StateError, str(tmp_path / "train"), "epoch 0 from position 20"):
         list(again)
 
 
 def test_damage_and_other_windows_are_told(tmp_path: Path) -> None:
-    with pytest.raises(StateError, match="holds no draws to replay"):
+    with refuses(StateError, str(tmp_path / "train")):
         Recorded(tmp_path)
     log = DrawLog(tmp_path, 1)
     ids = np.arange(10)
     log(Window(0, 0, 1, ids, None, sampler()[0].draws))
     log.close()
-    with pytest.raises(StateError, match="from position 5 on; a run is replayed with its own windows_per_epoch"):
+    with refuses(StateError, str(tmp_path / "train"), "epoch 0 from position 5"):
         Recorded(tmp_path)(0, 5)
 
     path = tmp_path / "train" / "draws-0001.arrows"
@@ -83,7 +84,7 @@ def test_damage_and_other_windows_are_told(tmp_path: Path) -> None:
     wrong = rows.set_column(4, "ids", pa.array([ids[::-1].tolist()], pa.list_(pa.int64())))
     with pa.ipc.new_stream(path, rows.schema) as stream:
         stream.write_table(wrong)
-    with pytest.raises(StateError, match=r"the draws of epoch 0, position 0 in .* are damaged"):
+    with refuses(StateError, str(path), "epoch 0, position 0"):
         Recorded(tmp_path)(0, 0)
 
 

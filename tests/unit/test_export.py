@@ -5,7 +5,6 @@ import errno
 import io
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -16,8 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from deploy.cli import app, main
+from deploy.cli import app
 from shared.catalogue import Run
+from shared.errors import ConfigError, RunError, SteppeError, StoreError
 from shared.samples import Images
 from shared.schema import arrow_file
 from shared.score_store import ScoreWriter
@@ -65,15 +65,14 @@ def export(*arguments: object) -> str:
     return result.stdout
 
 
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    """What a command that fails says: one line, and nothing on stdout."""
-    monkeypatch.setattr(sys, "argv", ["steppe", "export", *map(str, arguments)])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    said = capsys.readouterr()
+def refused(*arguments: object) -> SteppeError:
+    """What a command that fails and prints nothing raises, for one line with a fix."""
+    result = CliRunner().invoke(app, ["export", *map(str, arguments)])
 
-    assert (ended.value.code, said.out, said.err.count("\n")) == (1, "", 1)
-    return said.err
+    assert isinstance(result.exception, SteppeError)
+    assert (result.output, str(result.exception).count("\n")) == ("", 0)
+    assert result.exception.fix
+    return result.exception
 
 
 def test_table_shows_the_suspects_and_what_is_known_of_the_list(run):
@@ -209,7 +208,7 @@ def test_run_is_the_newest_below_root_unless_named(run, tmp_path):
     assert json.loads(export("--suspects", "--format=json", "--root", tmp_path / "runs"))["run"] == "one"
 
 
-def test_full_disk_leaves_the_old_file_and_no_other(run, tmp_path, monkeypatch, capsys):
+def test_full_disk_leaves_the_old_file_and_no_other(run, tmp_path, monkeypatch):
     def full(*_: Any) -> NoReturn:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -217,46 +216,52 @@ def test_full_disk_leaves_the_old_file_and_no_other(run, tmp_path, monkeypatch, 
     out.parent.mkdir()
     out.write_text("old")
     monkeypatch.setattr("shared.storage.os.fsync", full)
-    said = refused(monkeypatch, capsys, run.path, "--suspects", "--out", out)
+    error = refused(run.path, "--suspects", "--out", out)
 
-    assert f"cannot write {out}: No space left on device" in said
+    assert (type(error), error.key) == (ConfigError, "--out")
+    assert os.strerror(errno.ENOSPC) in error.problem
     assert [(path.name, path.read_text()) for path in out.parent.iterdir()] == [("found.csv", "old")]
 
 
 @pytest.mark.parametrize(
-    ("arguments", "expected"),
+    ("arguments", "key", "value", "fix"),
     [
-        (["--suspects", "--format", "xml"], "no format 'xml'; known: table, csv, json, arrow"),
-        (["--suspects", "--format", "arrow"], "--format arrow is not text; add --out FILE"),
-        (["--format", "parquet"], "--format parquet is not text; add --out FILE"),
-        (["--suspects", "--format", "table", "--out", "a.txt"], "for a file choose one of csv, json, arrow"),
-        (["--suspects", "--out", "found.txt"], "--out found.txt does not say which format; add --format csv or json"),
-        (["--suspects", "--out", "found"], "--out found does not say which format"),
-        (["--suspects", "--out", "no/where/a.csv"], "there is no folder"),
-        (["--suspects", "--out", "/dev/null", "--format", "csv"], "--out /dev/null is there and no file"),
-        (["--suspects", "--out", ".", "--format", "csv"], "--out . is there and no file"),
+        (["--suspects", "--format", "xml"], "--format", "'xml'", "table, csv, json, arrow"),
+        (["--suspects", "--format", "arrow"], "--out", "arrow", "--out"),
+        (["--format", "parquet"], "--out", "parquet", "--out"),
+        (["--suspects", "--format", "table", "--out", "a.txt"], "--format", "a.txt", "csv, json, arrow"),
+        (["--suspects", "--out", "found.txt"], "--format", "found.txt", "csv or json"),
+        (["--suspects", "--out", "found"], "--format", "found", "csv or json"),
+        (["--suspects", "--out", "no/where/a.csv"], "--out", "no/where", "make it"),
+        (["--suspects", "--out", "/dev/null", "--format", "csv"], "--out", "/dev/null", "file"),
+        (["--suspects", "--out", ".", "--format", "csv"], "--out", " . ", "file"),
     ],
 )
-def test_what_cannot_be_exported_is_refused(run, tmp_path, monkeypatch, capsys, arguments, expected):
+def test_what_cannot_be_exported_is_refused(run, tmp_path, monkeypatch, arguments, key, value, fix):
     monkeypatch.chdir(tmp_path)
+    error = refused(run.path, *arguments)
 
-    assert expected in refused(monkeypatch, capsys, run.path, *arguments)
+    assert (type(error), error.key) == (ConfigError, key)
+    assert value in error.problem
+    assert fix in error.fix
     assert [path.name for path in tmp_path.iterdir()] == ["runs"]
 
 
 @pytest.mark.parametrize("stored", [False, True], ids=["no store", "nothing committed"])
-def test_unscored_run_is_named(tmp_path, monkeypatch, capsys, stored):
+def test_unscored_run_is_named(tmp_path, stored):
     run = make_run(tmp_path / "run")
     if stored:
         commit(run)
 
-    assert f"run {run.path} has no scores yet" in refused(monkeypatch, capsys, run.path, "--suspects")
+    error = refused(run.path, "--suspects")
+    assert (type(error), error.key) == (StoreError, str(run.scores_uri))
 
 
 @pytest.mark.parametrize("content", [None, b"torn"], ids=["missing", "torn"])
-def test_damaged_samples_are_named(run, monkeypatch, capsys, content):
+def test_damaged_samples_are_named(run, content):
     (run.path / "samples.arrow").unlink()
     if content is not None:
         (run.path / "samples.arrow").write_bytes(content)
 
-    assert f"cannot read {run.path / 'samples.arrow'}" in refused(monkeypatch, capsys, run.path, "--suspects")
+    error = refused(run.path, "--suspects")
+    assert (type(error), error.key) == (RunError, str(run.path / "samples.arrow"))

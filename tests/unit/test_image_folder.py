@@ -1,5 +1,4 @@
 import dataclasses
-import re
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +10,7 @@ from shared.config import DataConfig
 from shared.datasets import Dataset, load_dataset
 from shared.errors import ConfigError, DataError, DatasetMissing
 from shared.image_folder import ImageFiles
+from tests.raising import refuses
 
 RED, GREEN, BLUE = (200, 0, 0), (0, 100, 0), (0, 0, 50)
 
@@ -127,14 +127,11 @@ def test_image_of_another_mode_becomes_rgb(root: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (b"no image", "cannot decode .*train/c/0.png: cannot identify image file"),
-        (None, "cannot decode .*No such file"),
-    ],
+    ("content", "reason"),
+    [(b"no image", "cannot identify image file"), (None, "No such file")],
     ids=["not an image", "removed"],
 )
-def test_broken_file_is_named_and_spoils_no_other_sample(root: Path, content: bytes | None, message: str) -> None:
+def test_broken_file_is_named_and_spoils_no_other_sample(root: Path, content: bytes | None, reason: str) -> None:
     train = load_dataset(config(root)).train
     path = root / "train" / "c" / "0.png"
     path.unlink() if content is None else path.write_bytes(content)
@@ -142,7 +139,7 @@ def test_broken_file_is_named_and_spoils_no_other_sample(root: Path, content: by
     others = np.setdiff1d(np.arange(42), broken)
 
     assert len(train.batch(others)[0]) == 41
-    with pytest.raises(DataError, match=message):
+    with refuses(DataError, str(path), reason):
         train.batch(np.arange(42))
 
 
@@ -154,14 +151,15 @@ def test_truncated_file_is_named(root: Path, kept: int) -> None:
     path.write_bytes(path.read_bytes()[: len(path.read_bytes()) // 2 if kept < 0 else kept])
     train = load_dataset(config(root)).train
 
-    with pytest.raises(DataError, match=re.escape(f"cannot decode {path}: ")):
+    with refuses(DataError, str(path)):
         train.batch(np.arange(42))
 
 
 def test_deeper_image_is_refused_instead_of_cut_off(root: Path) -> None:
-    Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(root / "train" / "c" / "0.png")
+    path = root / "train" / "c" / "0.png"
+    Image.fromarray(np.full((8, 8), 40000, dtype=np.uint16)).save(path)
 
-    with pytest.raises(DataError, match=r"c/0\.png has more than 8 bits per channel \(mode I;16\); save it with 8"):
+    with refuses(DataError, str(path), "I;16"):
         load_dataset(config(root)).train.batch(np.arange(42))
 
 
@@ -187,7 +185,7 @@ def test_fingerprint_sees_paths_sizes_labels_order_and_image_size(root: Path) ->
 
     assert same == prints[0]
     assert len(set(prints)) == 7
-    with pytest.raises(DataError, match=r"cannot read .*c/0\.png: No such file"):
+    with refuses(DataError, str(path), "No such file"):
         _ = dataset.fingerprint
 
 
@@ -223,7 +221,7 @@ def test_noise_and_validation_work_as_for_images_in_memory(root: Path) -> None:
 
 
 def test_folder_that_is_not_set_is_asked_for() -> None:
-    with pytest.raises(ConfigError, match=r"data\.root is not; set it to the images' folder: .*root/train/CLASS/FILE"):
+    with refuses(ConfigError, "data.root", "image_folder"):
         load_dataset(DataConfig(name="image_folder"))
 
 
@@ -231,16 +229,16 @@ def test_folder_that_is_not_set_is_asked_for() -> None:
 def test_missing_folder_is_named(root: Path, part: str) -> None:
     (root / part).rename(root / "other")
 
-    with pytest.raises(DatasetMissing, match=rf"there is no folder {root}/{part}; set data\.root: needed are "):
+    with refuses(DatasetMissing, "data.root", root / part):
         load_dataset(config(root))
 
 
 def test_class_without_images_or_unknown_in_training_is_named(root: Path) -> None:
     (root / "test" / "d").mkdir()
-    with pytest.raises(DataError, match=r"test cannot be used: .* no valid file for the classes d"):
+    with refuses(DataError, str(root / "test"), "classes d"):
         load_dataset(config(root))
     write(root / "test" / "d" / "0.png", plain(RED))
-    with pytest.raises(DataError, match=r"test has the classes \['d'\], which .*train has not"):
+    with refuses(DataError, str(root / "test"), "['d']"):
         load_dataset(config(root))
 
 
@@ -248,5 +246,5 @@ def test_noise_needs_two_classes(tmp_path: Path) -> None:
     for part in ("train", "test"):
         write(tmp_path / part / "a" / "0.png", plain(RED))
 
-    with pytest.raises(DataError, match="needs two classes, image_folder has one"):
+    with refuses(DataError, "data.label_noise", 0.5):
         load_dataset(config(tmp_path, label_noise=0.5))

@@ -18,6 +18,7 @@ from shared.datasets import Dataset, load_dataset
 from shared.errors import ConfigError
 from shared.models import build_model
 from shared.score_store import ScoreWriter
+from tests.raising import refuses
 from tests.rows import make_rows
 from trainer.comm import ALONE
 from trainer.config import CurriculumConfig, TrainConfig
@@ -169,7 +170,7 @@ def test_every_setting_of_the_optimizer_arrives(tmp_path: Path, name: str) -> No
 
 def test_batch_of_one_is_refused_before_anything_happens(tmp_path: Path) -> None:
     """120 = 7 * 17 + 1."""
-    with pytest.raises(ConfigError, match=r"batch_size 17 leaves one of 120"):
+    with refuses(ConfigError, "train.batch_size", "17 leaves one of 120"):
         run(tmp_path, make_config(batch_size=17))
 
     assert published_steps(tmp_path) == []
@@ -191,7 +192,7 @@ def test_stopped_ends_it_with_a_last_checkpoint(tmp_path: Path, after: int) -> N
 
 @pytest.mark.parametrize("name", ["cuda:99", "abacus"])
 def test_device_that_is_not_here_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"train.device is '{name}'"):
+    with refuses(ConfigError, "train.device", f"'{name}'"):
         pick_device(name)
 
 

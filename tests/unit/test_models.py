@@ -1,12 +1,13 @@
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 
-from shared.config import ModelConfig
+from shared.config import ModelConfig, make_config
 from shared.datasets import Dataset
+from shared.errors import ConfigError
 from shared.models import Normalize, build_model
 from shared.samples import Images
+from tests.raising import refuses
 
 NAMES = ["small_cnn", "tiny_cnn", "resnet18"]
 
@@ -91,8 +92,8 @@ def test_tiny_cnn_works_on_a_half_and_a_quarter_of_the_side(dataset: Dataset, wi
 
 
 def test_resnet18_has_one_width_and_a_stem_that_keeps_small_images_whole(dataset: Dataset) -> None:
-    with pytest.raises(ValidationError, match=r"model\.width is 32, but resnet18 always has 64"):
-        ModelConfig(name="resnet18", width=32)
+    with refuses(ConfigError, "model.width", 32):
+        make_config(ModelConfig, {"name": "resnet18", "width": 32})
     resnet = build_model(ModelConfig(name="resnet18", width=64), dataset)[1]
     seen: list[torch.Tensor] = []
     resnet.layer1.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))

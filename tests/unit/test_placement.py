@@ -4,8 +4,12 @@ from typing import Any
 
 import pytest
 
+from deploy.config import RunConfig
 from deploy.placement import missing, needs_of, scorer_options
 from scorer.config import ScoringConfig
+from shared.config import make_config
+from shared.errors import ConfigError
+from tests.raising import refuses
 
 SCORER = {"steppe.io/role": "scorer"}
 
@@ -58,5 +62,5 @@ def test_scorers_are_asked_for_with_labels_fallbacks_and_custom_resources() -> N
 
 
 def test_a_fallback_needs_something_to_fall_back_from() -> None:
-    with pytest.raises(ValueError, match=r"scoring.labels, which come first, are not set"):
-        ScoringConfig(fallback_labels=({},))
+    with refuses(ConfigError, "scoring.fallback_labels", "scoring.labels"):
+        make_config(RunConfig, {"scoring": {"fallback_labels": [{}]}})

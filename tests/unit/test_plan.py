@@ -8,9 +8,12 @@ import torch
 from deploy import plan as plans
 from deploy.config import RunConfig
 from deploy.plan import Measured, freshness_misfit, place_misfit, plan, print_plan, reckon, would_start
+from scorer.config import AttackConfig
+from scorer.worker import build_attack
 from shared.config import DataConfig
 from shared.datasets import local_dataset
 from shared.errors import DatasetMissing
+from tests.raising import refuses
 
 MEASURED = Measured(
     num_samples=1000,
@@ -96,36 +99,47 @@ def test_plan_measures_and_leaves_nothing_behind(tmp_path: Path, monkeypatch: py
     assert made["does_not_fit"] == []
 
 
-def test_a_longer_attack_is_slower() -> None:
-    rates = [
-        plans.measure(config(scoring={"attack": attack})).samples_per_second
-        for attack in ({"name": "fgsm"}, {"name": "pgd", "steps": 40})
-    ]
+def test_scoring_is_measured_with_the_attack_of_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[AttackConfig] = []
+    monkeypatch.setattr("scorer.worker.build_attack", lambda given: built.append(given) or build_attack(given))
+    rate = plans.measure(config(scoring={"attack": {"name": "pgd", "steps": 3}})).samples_per_second
 
-    assert rates[0] > 3 * rates[1] > 0
+    assert rate > 0
+    assert [(one.name, one.steps) for one in built] == [("pgd", 3)]
 
 
 @pytest.mark.parametrize(
-    ("sections", "text"),
+    ("sections", "key", "value", "fix"),
     [
-        ({"train": {"batch_size": 201}}, "train.batch_size is 201, but there are 200 samples"),
-        ({"train": {"batch_size": 199}}, "train.batch_size 199 leaves one of 200 samples for the last batch"),
-        ({"train": {"device": "cuda:77"}}, "train.device is 'cuda:77'"),
-        ({"train": {"warmup_steps": 120}}, "train.warmup_steps is 120, but the training has 120 steps"),
+        ({"train": {"batch_size": 201}}, "train.batch_size", 201, "200 or less"),
+        ({"train": {"batch_size": 199}}, "train.batch_size", 199, "another"),
+        ({"train": {"device": "cuda:77"}}, "train.device", "'cuda:77'", "cpu"),
+        ({"train": {"warmup_steps": 120}}, "train.warmup_steps", 120, "train.epochs"),
         (
             {"controller": {"block_size": 201}, "scoring": {"replicas": 2}},
-            "controller.block_size is 201, but there are 200 samples: they are one block, and one scorer works at a "
-            "time; set it to 100 or less",
+            "controller.block_size",
+            201,
+            "100 or less",
         ),
-        ({"scoring": {"cpus": 10_000}}, "room for 0"),
-        ({"scoring": {"gpus": 1000}}, "scoring.gpus 1000 each"),
+        ({"scoring": {"cpus": 10_000}}, "scoring.cpus", 10000, "scoring.replicas to 0"),
+        ({"scoring": {"gpus": 1000}}, "scoring.gpus", 1000, "scoring.replicas to 0"),
     ],
     ids=["large batch", "batch of one", "device", "warm-up", "block", "cpus", "gpus"],
 )
-def test_what_does_not_fit_is_said(sections: dict[str, dict[str, object]], text: str) -> None:
-    misfits = plan(config(**sections))["does_not_fit"]
+def test_what_does_not_fit_is_said(sections: dict[str, dict[str, object]], key: str, value: object, fix: str) -> None:
+    asked = config(**sections)
+    measured = plans.measure(asked)
+    [misfit] = plans.misfits(asked, measured, reckon(asked, measured))
 
-    assert [text in misfit for misfit in misfits] == [True]
+    assert misfit.key == key
+    assert str(value) in misfit.problem
+    assert fix in misfit.fix
+
+
+def test_what_does_not_fit_is_told_in_one_line_each() -> None:
+    texts = plan(config(train={"batch_size": 201}, controller={"block_size": 201}))["does_not_fit"]
+
+    assert [text.partition(" ")[0] for text in texts] == ["train.batch_size", "controller.block_size"]
 
 
 @pytest.mark.parametrize(
@@ -148,7 +162,7 @@ def test_scorers_are_counted_as_ray_places_them(
     misfits = plans.scorers_misfit(config(scoring=scoring), cpus, gpus)
 
     assert len(misfits) == (room is not None)
-    assert all(f"room for {room}; set scoring.replicas to {room}" in text for text in misfits)
+    assert all(f"scoring.replicas to {room}" in misfit.fix for misfit in misfits)
 
 
 def test_the_place_of_the_run(tmp_path: Path) -> None:
@@ -161,23 +175,30 @@ def test_the_place_of_the_run(tmp_path: Path) -> None:
     [held] = place_misfit(config(run={"folder": str(tmp_path / "run")}))
     [unwritable] = place_misfit(config(run={"root": str(tmp_path / "file")}))
 
-    assert f"cannot listen on 127.0.0.1:{port}" in busy
-    assert "already holds a run" in held
-    assert "file is not a folder; set it to a folder" in unwritable
+    assert (busy.key, held.key, unwritable.key) == ("rest.port", "run.folder", "run.root")
+    assert f"127.0.0.1:{port}" in busy.problem
+    assert str(tmp_path / "run") in held.problem
+    assert str(tmp_path / "file") in unwritable.problem
+    assert busy.fix
+    assert held.fix
+    assert unwritable.fix
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "run"]
 
 
 def test_a_pass_longer_than_the_training_is_said() -> None:
     facts = {"steps": 100, "full_pass_seconds": 300.0, "training_seconds": 100.0}
-    [text] = freshness_misfit(config(), facts)
+    [misfit] = freshness_misfit(config(), facts)
 
-    assert "a full scoring pass takes 5 min, the whole training 100.0 s" in text
+    assert misfit.key == "scoring.replicas"
+    assert "5 min" in misfit.problem
+    assert "100.0 s" in misfit.problem
+    assert misfit.fix
     assert freshness_misfit(config(), facts | {"full_pass_seconds": 99.0}) == []
     assert freshness_misfit(config(), facts | {"full_pass_seconds": None}) == []
 
 
 def test_a_plan_fetches_nothing(tmp_path: Path) -> None:
-    with pytest.raises(DatasetMissing, match=r"FashionMNIST/raw, where a run would fetch it to"):
+    with refuses(DatasetMissing, "data.root", tmp_path / "FashionMNIST" / "raw"):
         local_dataset(DataConfig(name="fashion_mnist", root=str(tmp_path), download=True))
 
     assert list(tmp_path.iterdir()) == []

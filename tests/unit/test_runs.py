@@ -17,6 +17,7 @@ from deploy.runtime import RuntimeFile
 from shared.catalogue import Run, RunState, is_running, newest_run, process_identity
 from shared.datasets import Images
 from shared.events import Events
+from tests.waiting import wait_for
 
 TRAIN = Images(np.zeros((3, 1, 2, 2), dtype=np.uint8), np.array([7, 0, 7]), white=255, num_classes=8)
 
@@ -78,8 +79,7 @@ def test_a_zombie_does_not_run() -> None:
 
     assert is_running(identity)
     child.kill()
-    while psutil.Process(child.pid).status() != psutil.STATUS_ZOMBIE:
-        pass
+    wait_for(lambda: psutil.Process(child.pid).status() == psutil.STATUS_ZOMBIE, "the zombie")
     assert not is_running(identity)
     child.wait()
     assert not is_running(identity)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from shared.checkpoints import CheckpointPublisher, load, newest
 from shared.errors import ConfigError, PerturbedWeights, StateError
+from tests.raising import refuses
 from trainer.sam import SAM, running_statistics_kept, sam_step
 
 SGD = {"base_optimizer": torch.optim.SGD, "lr": 0.1, "momentum": 0.9, "weight_decay": 0.01}
@@ -336,7 +337,7 @@ def test_state_dict_of_the_bare_base_optimizer_is_refused() -> None:
     optimizer = SAM(net.parameters(), **SGD)
     foreign = torch.optim.SGD(make_net().parameters(), lr=0.1).state_dict()
 
-    with pytest.raises(StateError, match=r"lack \['adaptive', 'rho'\]"):
+    with refuses(StateError, "param_groups", ["adaptive", "rho"]):
         optimizer.load_state_dict(foreign)
 
 
@@ -344,24 +345,24 @@ def test_steps_out_of_order_are_refused() -> None:
     net, batch = make_net(), make_batches(1)[0]
     optimizer = SAM(net.parameters(), **SGD)
     state = optimizer.state_dict()
-    with pytest.raises(StateError, match="second_step without first_step"):
+    with refuses(StateError, "second_step"):
         optimizer.second_step()
-    with pytest.raises(StateError, match="no gradients"):
+    with refuses(StateError, "params"):
         optimizer.first_step()
-    with pytest.raises(StateError, match="closure"):
+    with refuses(StateError, "closure"):
         optimizer.step()
 
     backward(net, batch)
     optimizer.first_step()
     perturbed = weights(net)
 
-    with pytest.raises(StateError, match="first_step twice"):
+    with refuses(StateError, "first_step"):
         optimizer.first_step()
-    with pytest.raises(StateError, match="base_step after first_step: call second_step, it returns to w"):
+    with refuses(StateError, "base_step"):
         optimizer.base_step()
-    with pytest.raises(StateError, match="state_dict between"):
+    with refuses(StateError, "state_dict"):
         optimizer.state_dict()
-    with pytest.raises(StateError, match="load_state_dict between"):
+    with refuses(StateError, "load_state_dict"):
         optimizer.load_state_dict(state)
     assert_same(weights(net), perturbed)
 
@@ -376,7 +377,7 @@ def test_rho_that_cannot_work_is_refused(rho: float) -> None:
         lambda: SAM([dict(group)], torch.optim.SGD, lr=0.1),
         lambda: optimizer.add_param_group(dict(group)),
     ):
-        with pytest.raises(ConfigError, match=f"rho is {rho}"):
+        with refuses(ConfigError, "rho", rho):
             attempt()
 
 

@@ -8,28 +8,34 @@ import pytest
 
 from services.server import bind
 from shared.errors import ConfigError
+from tests.raising import refuses
 
 
 @pytest.mark.parametrize(
-    ("error", "said"),
+    ("error", "key", "reason"),
     [
-        (OSError(errno.EADDRINUSE, "in use"), "the port is taken; set rest.port to a free one, or to 0 to take any"),
-        (
-            PermissionError(errno.EACCES, "denied"),
-            "ports below 1024 need special rights; set rest.port to 1024 or above, or to 0 to take any free one",
-        ),
-        (OSError(errno.EADDRNOTAVAIL, "no"), "this machine does not have that address; set rest.host to an address of"),
-        (socket.gaierror(socket.EAI_NONAME, "no"), "the name is not known; set rest.host to an address of"),
-        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "Too many open files; set rest.host and rest.port"),
+        (OSError(errno.EADDRINUSE, "in use"), "rest.port", "taken"),
+        (PermissionError(errno.EACCES, "denied"), "rest.port", "rights"),
+        (OSError(errno.EADDRNOTAVAIL, "no"), "rest.host", "address"),
+        (socket.gaierror(socket.EAI_NONAME, "no"), "rest.host", "name"),
+        (OSError(errno.EMFILE, os.strerror(errno.EMFILE)), "rest.port", "Too many open files"),
     ],
     ids=["taken", "rights", "address", "name", "other"],
 )
-def test_reason_and_fix(error: OSError, said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reason_and_fix(error: OSError, key: str, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> socket.socket:
         raise error
 
     monkeypatch.setattr(socket, "create_server", refuse)
 
-    with pytest.raises(ConfigError) as refused:
+    with refuses(ConfigError, key, reason) as caught:
         bind("127.0.0.1", 80)
-    assert str(refused.value).startswith(f"cannot listen on 127.0.0.1:80: {said}")
+    assert "127.0.0.1:80" in caught.value.problem
+    assert key in caught.value.fix
+
+
+@pytest.mark.parametrize(("host", "key"), [("", "--host"), ("192.0.2.1", "--host")])
+def test_the_fix_uses_the_names_that_the_user_knows(host: str, key: str) -> None:
+    with refuses(ConfigError, key) as caught:
+        bind(host, 0, ("--host", "--port"))
+    assert key in caught.value.fix

@@ -12,6 +12,7 @@ import pytest
 from shared.errors import ConfigError
 from shared.storage import SPARES, Folder, local_path
 from tests.disk import Disk
+from tests.raising import refuses
 from tests.waiting import wait_for
 
 WRITES = {"put": Folder.put, "create": Folder.create}
@@ -27,7 +28,7 @@ def test_a_file_system_without_hard_links_is_told(tmp_path: Path, monkeypatch: p
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "link", refuse)
-    with pytest.raises(ConfigError, match=f"{tmp_path} is on a file system without hard links .*local disk"):
+    with refuses(ConfigError, str(tmp_path), os.strerror(number)):
         Folder(tmp_path).create("x", b"first")
     assert os.listdir(tmp_path) == []
 
@@ -123,10 +124,14 @@ def test_relative_path_is_taken_from_here(tmp_path: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("scheme", ["s3", "gs", "http"])
 def test_remote_uri_is_refused(scheme: str) -> None:
-    with pytest.raises(
-        ConfigError, match=f"'{scheme}://bucket/run': only local paths and file:// URIs .*; choose a folder"
-    ):
-        Folder(f"{scheme}://bucket/run")
+    uri = f"{scheme}://bucket/run"
+    with refuses(ConfigError, uri, uri):
+        Folder(uri)
+
+
+def test_file_uri_of_another_host_is_refused() -> None:
+    with refuses(ConfigError, "file://disk/run", "'disk'"):
+        local_path("file://disk/run")
 
 
 def test_make_syncs_the_name_of_a_folder_that_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from shared.errors import RunError, StoreError
 from shared.samples import Images
 from shared.score_store import ScoreReader, ScoreWriter
 from shared.store_check import verify
+from tests.raising import refuses
 from tests.rows import make_rows
 from tests.stores import named
 
@@ -141,12 +142,13 @@ def test_a_run_that_is_up_is_left_alone(run: Run) -> None:
         found = store("compact", run.path)
 
     assert isinstance(found.exception, RunError)
-    assert "is running, or being resumed; stop it first" in str(found.exception)
+    assert found.exception.key == str(run.path)
+    assert "steppe down" in found.exception.fix
 
 
 def test_without_a_store_there_is_nothing_to_verify(run: Run, tmp_path: Path) -> None:
     images = Images(np.zeros((N, 1, 2, 2), np.uint8), np.zeros(N, np.int64), white=1, num_classes=2)
     bare = Run.create(tmp_path / "bare", dataset_fingerprint="f", train=images, config={}, scoring_id="s")
 
-    with pytest.raises(StoreError, match="no score store"):
+    with refuses(StoreError, value=bare.scores_uri):
         verify(bare.scores_uri)

@@ -1,6 +1,5 @@
 """The worker with real checkpoints and the real controller, without Ray."""
 
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
@@ -21,6 +20,7 @@ from shared.checkpoints import CheckpointPublisher
 from shared.errors import ServiceError, StateError
 from shared.schema import MEASURED_COLUMNS
 from shared.score_store import ScoreReader
+from tests.raising import refuses
 from tests.scorers import (
     SAMPLES,
     LocalLeases,
@@ -78,7 +78,7 @@ def test_no_lease_is_taken_before_verified_weights(tmp_path, controller, publish
 
 
 def test_score_without_weights_is_refused(tmp_path, controller):
-    with pytest.raises(StateError, match="before any checkpoint"):
+    with refuses(StateError):
         make_worker(tmp_path, LocalLeases(controller)).score(np.arange(3))
 
 
@@ -191,17 +191,15 @@ def test_the_worker_outlives_a_controller_that_fails(tmp_path, publisher, monkey
 
 
 @pytest.mark.parametrize("silent", [("lease",), ("submit",), ("lease", "submit", "release")], ids=" ".join)
-def test_a_controller_that_does_not_answer_does_not_hold_up_stop(tmp_path, controller, publisher, silent):
-    """A second for the last words, and no part of the ten seconds for an answer."""
+def test_a_controller_that_does_not_answer_does_not_hold_up_stop(tmp_path, controller, publisher, silent, monkeypatch):
+    """The time for an answer is an hour here: a worker that waited for one would end this test's time."""
+    monkeypatch.setattr(scorer.worker, "REPLY_TIMEOUT_S", 3600.0)
     publish(publisher, seed=1, step=10)
     leases = LocalLeases(controller, lambda name: Future() if name in silent else None)
     with running(make_worker(tmp_path, leases)):
         wait_for(lambda: silent[0] in leases.asked, what="a request")
-        began = time.monotonic()
-    elapsed_s = time.monotonic() - began
 
     assert leases.asked[-1] == "release"
-    assert elapsed_s < (3.0 if "release" in silent else 1.0)
 
 
 @pytest.mark.parametrize(
