@@ -56,8 +56,12 @@ def local_cluster(folder: Path, run_folder: Path, run_id: str) -> Iterator[None]
                 logging_level=logging.ERROR,
                 object_store_memory=OBJECT_STORE_BYTES,
                 _temp_dir=str(folder),
-                # Training goes on without its cluster: Ray would end this process when the GCS stays away.
-                _system_config={"gcs_rpc_server_reconnect_timeout_s": NEVER_S},
+                _system_config={
+                    # Training goes on without its cluster: Ray would end this process when the GCS stays away.
+                    "gcs_rpc_server_reconnect_timeout_s": NEVER_S,
+                    # Ray starts all workers at nice 15: on a busy machine controller and REST would hardly run.
+                    "worker_niceness": 0,
+                },
             )
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, on_sigterm)  # ray.init replaced it by handlers that end without clean-up

@@ -21,7 +21,7 @@ def build_worker(scorer_id: str, run_uri: str, config: "RunConfig", leases: Leas
     on_gpu = scoring.gpus > 0
     if not on_gpu:
         with contextlib.suppress(OSError):
-            os.nice(scoring.nice)
+            os.setpriority(os.PRIO_PROCESS, 0, scoring.nice)
         torch.set_num_threads(scoring.threads)
     torch.backends.cudnn.allow_tf32 = False  # scoring_id says float32
     dataset = load_dataset(config.data)

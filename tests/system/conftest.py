@@ -15,7 +15,14 @@ def ray_cluster() -> Iterator[None]:
     folder = tempfile.mkdtemp(prefix="st-")
     # As the driver does: workers must not find a stranger in the working directory.
     with contextlib.chdir(folder):
-        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _temp_dir=folder)
+        ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            _temp_dir=folder,
+            _system_config={"worker_niceness": 0},  # as runs have it
+        )
     yield
     ray.shutdown()
     shutil.rmtree(folder, ignore_errors=True)

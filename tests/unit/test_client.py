@@ -134,9 +134,11 @@ def test_a_service_that_is_gone(told):
 
 
 def test_a_service_that_answers_too_late(told, monkeypatch):
-    monkeypatch.setattr(Handler, "do_GET", lambda self: threading.Event().wait(0.5))
+    gave_up = threading.Event()
+    monkeypatch.setattr(Handler, "do_GET", lambda self: gave_up.wait())
     with refuses(ServiceError, told.url):
         Client(told.url, timeout_s=0.05, retries=1).stats()
+    gave_up.set()
 
 
 @pytest.mark.parametrize("content", [b"<html>", b"\xff"])
