@@ -24,6 +24,7 @@ from tests.waiting import LIMIT_S, wait_for
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.timeout(1800),
     pytest.mark.skipif(not namespaces_are_allowed(), reason="network namespaces are not allowed here"),
 ]
 
@@ -97,7 +98,7 @@ class Watched:
             assert self.job.poll() is None, self.job.communicate()[1]
             return condition()
 
-        return wait_for(look, timeout_s, what)
+        return wait_for(look, what, timeout_s)
 
     def wait_for_scores_of_now(self, what: str) -> None:
         """Every block is scored again, with weights that are published from here on."""

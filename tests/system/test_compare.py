@@ -61,7 +61,7 @@ def test_settings_are_committed_between_search_and_final_runs(
         config = json.loads(path.read_bytes())["config"]
         is_searched = config["data"]["validation"] is not None
         sides[is_searched].add(config["train"]["seed"])
-        assert is_searched == (path.stat().st_mtime_ns < committed)
+        assert is_searched == (path.stat().st_mtime_ns <= committed)  # the clock of files ticks every few ms
 
     assert sides == {True: {0}, False: {1000, 1001}}
 
