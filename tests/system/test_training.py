@@ -217,8 +217,3 @@ def test_the_desk_keeps_news_until_they_are_heard_and_a_new_one_goes_on() -> Non
     assert after_a_kill.look(3, True) == (["d"], {})
     assert after_a_kill.look(4, True) == ([], {})
     assert after_a_kill.is_stopped()
-
-
-def test_scoring_inside_the_training_needs_one_process() -> None:
-    with pytest.raises(ValueError, match=r"trainer.num_workers is 2, but scoring.mode every_epoch"):
-        RunConfig.model_validate({"trainer": {"num_workers": 2}, "scoring": {"mode": "every_epoch"}})

@@ -14,37 +14,13 @@ from services.config import ControllerConfig
 from services.controller import Controller, Drain, Start
 from shared.errors import ConfigError, Fenced, ServiceError, StoreMismatch
 from shared.freshness import staleness_bound
-from shared.leases import Lease
 from shared.schema import FLOAT_COLUMNS, QUARANTINE_SCHEMA
 from shared.score_store import ScoreReader, ScoreWriter
 from shared.store_files import StoreFiles
+from tests.controllers import BLOCK, SAMPLES, controller_of, open_controller, score
 from tests.raising import refuses
 from tests.rows import make_rows
 from tests.waiting import wait_for
-
-SAMPLES, BLOCK = 6, 2
-
-
-def open_controller(run: Path, **settings: Any) -> Controller:
-    config = {"block_size": BLOCK, "commit_interval_s": 0.01, "audit_share": 0} | settings
-    return Controller(str(run), SAMPLES, "id", ControllerConfig(**config), wanted=2)
-
-
-@contextmanager
-def controller_of(run: Path, **settings: Any) -> Iterator[Controller]:
-    controller = open_controller(run, **settings)
-    try:
-        yield controller
-    finally:
-        controller.close()
-
-
-def score(controller: Controller, version: int, **columns: Any) -> Lease:
-    """Lease a block, hand in its rows."""
-    lease = controller.lease("a", version)
-    assert lease is not None
-    controller.submit("a", lease.lease_id, make_rows(lease.sample_ids, version, **columns))
-    return lease
 
 
 def wait_until_committed(controller: Controller) -> None:

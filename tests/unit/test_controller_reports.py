@@ -1,8 +1,7 @@
 """What the controller tells people: reports, reasons of failed samples, events; and what a resumed run's hears."""
 
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,42 +9,16 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from services.config import ControllerConfig
-from services.controller import Controller
 from services.quarantine import QUARANTINE_FILE
 from shared.attempts import begin
 from shared.errors import Fenced, RunError, ServiceError
 from shared.events import EVENTS_FILE, read_events
-from shared.leases import Lease
 from shared.score_store import ScoreReader, ScoreWriter
 from shared.store_files import StoreFiles
+from tests.controllers import SAMPLES, controller_of, open_controller, score
 from tests.raising import refuses
 from tests.rows import make_rows
 from tests.waiting import wait_for
-
-SAMPLES, BLOCK = 6, 2
-
-
-def open_controller(run: Path, **settings: Any) -> Controller:
-    config = {"block_size": BLOCK, "commit_interval_s": 0.01, "audit_share": 0} | settings
-    return Controller(str(run), SAMPLES, "id", ControllerConfig(**config), wanted=2)
-
-
-@contextmanager
-def controller_of(run: Path, **settings: Any) -> Iterator[Controller]:
-    controller = open_controller(run, **settings)
-    try:
-        yield controller
-    finally:
-        controller.close()
-
-
-def score(controller: Controller, version: int, failed: dict[int, str] | None = None, **columns: Any) -> Lease:
-    """Lease a block, hand in its rows."""
-    lease = controller.lease("a", version)
-    assert lease is not None
-    controller.submit("a", lease.lease_id, make_rows(lease.sample_ids, version, **columns), failed or {})
-    return lease
 
 
 def metadata(run: Path) -> dict[str, Any]:

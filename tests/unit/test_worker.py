@@ -1,8 +1,7 @@
 """The worker with real checkpoints and the real controller, without Ray."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,6 @@ from scorer.adm import score_batch
 from scorer.attacks import Attack, Fgsm, Pgd
 from scorer.config import AttackConfig
 from scorer.worker import Worker, build_attack
-from services.controller import Controller
-from shared.checkpoints import CheckpointPublisher
 from shared.errors import ServiceError, StateError
 from shared.schema import MEASURED_COLUMNS
 from shared.score_store import ScoreReader
@@ -36,19 +33,6 @@ from tests.scorers import (
     wait_for_version,
 )
 from tests.waiting import wait_for
-
-
-@pytest.fixture
-def controller(tmp_path: Path) -> Iterator[Controller]:
-    controller = open_controller(tmp_path)
-    yield controller
-    controller.close()
-
-
-@pytest.fixture
-def publisher(tmp_path: Path) -> Iterator[CheckpointPublisher]:
-    with CheckpointPublisher(tmp_path) as publisher:
-        yield publisher
 
 
 class ThreeLooks(Worker):

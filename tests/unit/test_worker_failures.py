@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from scorer.adm import score_batch
 from scorer.attacks import Fgsm, Pgd
-from services.controller import Controller
 from shared.checkpoints import CheckpointPublisher, newest
 from shared.errors import ServiceError
 from shared.schema import FLOAT_COLUMNS
@@ -29,25 +28,11 @@ from tests.scorers import (
     batches,
     make_worker,
     net_of,
-    open_controller,
     publish,
     running,
     spoil,
 )
 from tests.waiting import wait_for
-
-
-@pytest.fixture
-def controller(tmp_path: Path) -> Iterator[Controller]:
-    controller = open_controller(tmp_path)
-    yield controller
-    controller.close()
-
-
-@pytest.fixture
-def publisher(tmp_path: Path) -> Iterator[CheckpointPublisher]:
-    with CheckpointPublisher(tmp_path) as publisher:
-        yield publisher
 
 
 def rewrite(run: Path, *, tensors: dict[str, Tensor] | bytes | None = None, **meta: Any) -> None:
