@@ -67,11 +67,15 @@ def _looks_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(difficulty, "WAIT_AFTER_S", 0)
 
 
+def create_run(folder: Path) -> Run:
+    images = Images(np.zeros((SAMPLES, 1, 2, 2), np.uint8), np.arange(SAMPLES) % 2, white=1, num_classes=2)
+    return Run.create(folder, dataset_fingerprint="f", train=images, config={}, scoring_id="s")
+
+
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """A run whose store is not there yet."""
-    images = Images(np.zeros((SAMPLES, 1, 2, 2), np.uint8), np.arange(SAMPLES) % 2, white=1, num_classes=2)
-    return Run.create(tmp_path / "run", dataset_fingerprint="f", train=images, config={}, scoring_id="s")
+    return create_run(tmp_path / "run")
 
 
 @pytest.fixture
@@ -81,17 +85,31 @@ def empty(run: Run) -> Run:
     return run
 
 
-@pytest.fixture
-def filled(empty: Run) -> Run:
-    """Sample 0 at version 2 (fresh), 1 at version 1 (stale), 2 with a NaN, 3 unscored; the newest version is 6."""
-    with CheckpointPublisher(empty.path) as publisher:
+@pytest.fixture(scope="module")
+def filled_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `filled` is a copy of: the syncs of its files take longer than most tests."""
+    run = create_run(tmp_path_factory.mktemp("filled") / "run")
+    with CheckpointPublisher(run.path) as publisher:
         for version in range(1, 7):
             publisher.publish(nn.Linear(1, 1), 10 * version)
             publisher.flush()
-    with ScoreWriter(empty.scores_uri, SAMPLES, scoring_id="s") as writer:
+    with ScoreWriter(run.scores_uri, SAMPLES, scoring_id="s") as writer:
         writer.append(make_rows([0, 1], np.array([2, 1]), log_ratio=1.0, margin=-1.0))
         writer.append(make_rows([2], 2, log_ratio=math.nan, margin=math.inf, grad_norm=-math.inf))
-    return empty
+    return run.path
+
+
+@pytest.fixture(scope="module")
+def asked(filled_once: Path) -> TestClient:
+    """A service of `filled` for many questions that change nothing."""
+    return client_of(Run(filled_once))
+
+
+@pytest.fixture
+def filled(filled_once: Path, tmp_path: Path) -> Run:
+    """Sample 0 at version 2 (fresh), 1 at version 1 (stale), 2 with a NaN, 3 unscored; the newest version is 6."""
+    shutil.copytree(filled_once, tmp_path / "run")
+    return Run(tmp_path / "run")
 
 
 @pytest.fixture
@@ -251,8 +269,8 @@ def test_the_documentation_needs_nothing_from_elsewhere(empty):
     assert "openapi.json" in page
 
 
-def test_v1_tells_versions_columns_measures_and_routes(filled):
-    about = strict(client_of(filled).get("/v1"))
+def test_v1_tells_versions_columns_measures_and_routes(asked):
+    about = strict(asked.get("/v1"))
 
     assert (about["api"], about["store_format"], about["run_id"], about["num_samples"]) == ("v1", 2, "run", SAMPLES)
     assert set(MEASURES) == set(about["measures"])
@@ -301,8 +319,8 @@ def test_v1_tells_versions_columns_measures_and_routes(filled):
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_errors_are_problems(filled, method, path, body, status, named):
-    check_problem(client_of(filled).request(method, path, json=body), status, named)
+def test_errors_are_problems(asked, method, path, body, status, named):
+    check_problem(asked.request(method, path, json=body), status, named)
 
 
 @pytest.mark.parametrize(
@@ -313,8 +331,8 @@ def test_errors_are_problems(filled, method, path, body, status, named):
         ("/v1/stats?since=1", "query.since:", []),
     ],
 )
-def test_an_unknown_parameter_is_refused_with_those_that_there_are(filled, path, named, known):
-    fix = check_problem(client_of(filled).get(path), 422, named)
+def test_an_unknown_parameter_is_refused_with_those_that_there_are(asked, path, named, known):
+    fix = check_problem(asked.get(path), 422, named)
     assert all(name in fix for name in known)
 
 
@@ -347,9 +365,9 @@ def test_errors_of_a_body_are_listed(filled):
         ("text/html, application/*;q=0.2", "application/json"),
     ],
 )
-def test_accept_decides_between_json_and_arrow(filled, accept, kind):
+def test_accept_decides_between_json_and_arrow(asked, accept, kind):
     answers = [
-        client_of(filled).get(path, headers={"Accept": accept})
+        asked.get(path, headers={"Accept": accept})
         for path in ("/v1/scores", "/v1/scores/snapshot", "/v1/classes", "/v1/suspects", "/v1/samples/0/history")
     ]
 
@@ -357,8 +375,8 @@ def test_accept_decides_between_json_and_arrow(filled, accept, kind):
 
 
 @pytest.mark.parametrize("accept", ["text/html", "application/json;q=0", "*/*;q=0", "application/json;q=x"])
-def test_what_can_not_be_accepted_is_a_problem(filled, accept):
-    check_problem(client_of(filled).get("/v1/scores", headers={"Accept": accept}), 406, accept)
+def test_what_can_not_be_accepted_is_a_problem(asked, accept):
+    check_problem(asked.get("/v1/scores", headers={"Accept": accept}), 406, accept)
 
 
 def table_of(answer: httpx.Response) -> pa.Table:

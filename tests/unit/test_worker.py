@@ -178,6 +178,7 @@ def test_the_worker_outlives_a_controller_that_fails(tmp_path, publisher, monkey
 def test_a_controller_that_does_not_answer_does_not_hold_up_stop(tmp_path, controller, publisher, silent, monkeypatch):
     """The time for an answer is an hour here: a worker that waited for one would end this test's time."""
     monkeypatch.setattr(scorer.worker, "REPLY_TIMEOUT_S", 3600.0)
+    monkeypatch.setattr(scorer.worker, "RELEASE_TIMEOUT_S", 0.05)
     publish(publisher, seed=1, step=10)
     leases = LocalLeases(controller, lambda name: Future() if name in silent else None)
     with running(make_worker(tmp_path, leases)):
