@@ -75,7 +75,7 @@ def test_a_signal_to_all_ends_in_order(start: Start, number: signal.Signals) -> 
 
     assert (code, out) == (130, "")
     assert "Traceback" not in err
-    assert f"interrupted; what is finished is kept in {comparison.folder}, the same command goes on" in err
+    assert str(comparison.folder) in err  # what is finished is kept there
     ended(comparison)
 
 

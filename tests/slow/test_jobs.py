@@ -135,8 +135,8 @@ def test_a_failing_job_ends_with_its_exit_code(without_token: Cluster, tmp_path:
     ("options", "expected"),
     [
         (sets("train.epochs=many"), "train.epochs"),
-        (sets("run.root=runs"), "set it to an absolute path that all hosts share"),
-        (["--working-dir", "/nowhere"], "--working-dir /nowhere is not a folder"),
+        (sets("run.root=runs"), "run.root"),
+        (["--working-dir", "/nowhere"], "--working-dir"),
     ],
     ids=["a typo", "a folder of the job's own", "no working dir"],
 )
@@ -207,8 +207,7 @@ def test_a_run_folder_that_a_host_cannot_reach_is_refused(tmp_path: Path) -> Non
         job = there.submit(*sets(*SHORT, f"run.root={root}"))
         _, err = job.communicate(timeout=LIMIT_S)
 
-        assert (job.returncode, "it does not see the run there" in err) == (1, True), err
-        assert "cannot be used from all hosts of the cluster (" in err
+        assert (job.returncode, str(root) in err) == (1, True), err
         assert not there.actors()
 
 
@@ -237,8 +236,8 @@ def test_scorers_sit_on_labelled_hosts_and_leave_one_that_is_drained(tmp_path: P
 
     assert other["node_id"] != up["node_id"]
     assert next(event["reason"] for event in happened("scorer_down")) == "drained"
-    assert "no scorer can be placed: one needs a host with the label steppe.io/role=scorer (of 1 hosts none" in err
-    assert "a host is about to go, its scorers leave it: scorer-1" in err
+    assert "steppe.io/role=scorer" in err  # what a scorer needed and no host had
+    assert "scorer-1" in err  # which had to leave its host
 
 
 def test_workers_on_a_host_that_is_drained_begin_again_on_another(tmp_path: Path) -> None:
@@ -259,8 +258,7 @@ def test_workers_on_a_host_that_is_drained_begin_again_on_another(tmp_path: Path
         job.send_signal(signal.SIGINT)
         _, err = job.communicate(timeout=LIMIT_S)
 
-    assert "a host of the trainer is about to go" in err
-    assert f"resumed at step {again.fork_step}" in err
+    assert str(again.fork_step) in err
 
 
 def last_step(folder: Path) -> int:
