@@ -166,10 +166,12 @@ class ControllerActor:
             except Exception as error:  # whatever it is: the training goes on, and the next one tries again
                 logger.warning("the controller cannot open the score store: %s", error)
                 self._not_before = time.monotonic() + REOPEN_INTERVAL_S
+                cause = error if isinstance(error, SteppeError) else SteppeError(str(error))
+                see_log = f"see {self._run_uri}/logs/controller.log; it is tried again by itself"
                 trouble = ServiceError(
-                    f"the controller cannot open the score store: {error}",
-                    fix=f"see {self._run_uri}/logs/controller.log; it is tried again by itself",
-                    key=self._run_uri,
+                    f"the controller cannot open the score store: {cause.problem}",
+                    fix=f"{cause.fix}; {see_log}" if cause.fix else see_log,
+                    key=cause.key or self._run_uri,
                 )
                 self._trouble = error if isinstance(error, StoreMismatch) else trouble
                 raise self._trouble from error

@@ -29,7 +29,7 @@ def check_first_batch(config: RunConfig, dataset: Dataset) -> None:
         x_B, y_B = dataset.train.batch(ids)
         again_B, _ = dataset.train.batch(ids)
         drawn_B, _ = dataset.train.for_training().batch(ids)
-    if not torch.equal(x_B, again_B):
+    if not torch.equal(x_B.nan_to_num(), again_B.nan_to_num()):  # NaN is told below
         raise ConfigError(
             f"data.name is {config.data.name!r}, whose samples are others each time in the role score",
             fix="augment in the role train alone",
@@ -46,6 +46,12 @@ def check_first_batch(config: RunConfig, dataset: Dataset) -> None:
         columns = score_batch(model, x_B, y_B, build_attack(config.scoring.attack))
     except DataError as error:
         error.problem = f"{config.model.name} and {config.data.name}: {error.problem}"
+        settings = {
+            "x_BCHW": "scoring.attack.clamp" if torch.isfinite(x_B).all() else "data.name",
+            "y_B": "model.name" if x_B.dim() > 1 else "data.name",  # too few classes, or samples without a shape
+            "model": "model.name",
+        }
+        error.key = settings.get(error.key, error.key)
         raise
     except Exception as error:  # it is the user's network
         first = (str(error).splitlines() or [""])[0]

@@ -46,7 +46,7 @@ class Audit:
         if not 0 <= share <= 1:
             raise ConfigError(
                 f"the audit's share of the samples is {share}, outside 0..1",
-                fix="set it to a number in it",
+                fix="set it to a number in 0..1",
                 key="share",
             )
         size = min(max(math.ceil(share * num_samples), MIN_SAMPLES), num_samples) if share else 0

@@ -210,7 +210,7 @@ def _refusal(answer: httpx2.Response) -> SteppeError:
     kind = kinds.get(answer.status_code, _Again if answer.status_code in (502, 503, 504) else ServiceError)
     try:
         told = answer.json()
-        return kind(str(told["detail"]), fix=str(told.get("fix") or ""))
+        return kind(str(told["detail"]), fix=str(told.get("fix") or ""), key=str(told.get("key") or ""))
     except (ValueError, KeyError, TypeError):
         url = str(answer.url)
         return kind(f"{url} answers {answer.status_code}: {answer.text[:200]}", fix=_NOT_STEPPE, key=url)

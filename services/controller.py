@@ -225,7 +225,9 @@ class Controller:
         """Somebody's wish: it holds, and ends autoscaling in this attempt. Raises ConfigError outside 0..1024."""
         if not 0 <= replicas <= MAX_REPLICAS:
             raise ConfigError(
-                f"replicas is {replicas}, outside 0..{MAX_REPLICAS}", fix="ask for a number in it", key="replicas"
+                f"replicas is {replicas}, outside 0..{MAX_REPLICAS}",
+                fix=f"ask for a number in 0..{MAX_REPLICAS}",
+                key="replicas",
             )
         with self._lock:
             before, self._wanted = self._wanted, replicas
@@ -236,6 +238,7 @@ class Controller:
     def status(self) -> dict[str, Any]:
         """Numbers for people and REST."""
         with self._lock:
+            trouble = _for_operators(self._failure) if self._failure else self._trouble
             return {
                 "pid": os.getpid(),
                 "wanted": self._wanted,
@@ -254,7 +257,7 @@ class Controller:
                 "quarantined_rows": self._quarantine.count,
                 "reports": dict(self._reports),
                 "waiting": self._waiting or None,
-                "trouble": str(self._failure or self._trouble or "") or None,
+                "trouble": str(trouble or "") or None,
             }
 
     @property
@@ -442,9 +445,7 @@ class Controller:
 
     def _check(self) -> None:
         if (failure := self._failure) is not None:
-            told = SteppeError(str(failure), fix="look into the controller's log for the reason")
-            if isinstance(failure, SteppeError):
-                told = failure
+            told = _for_operators(failure)
             problem = f"the controller cannot commit any more: {told.problem}"
             raise ServiceError(problem, fix=told.fix, key=told.key) from failure
 
@@ -464,6 +465,16 @@ class Controller:
         if not self._rates:
             return 0.0
         return sum(rows for _, rows in self._rates) / max(now - self._rates[0][0], 1.0)
+
+
+def _for_operators(failure: Exception) -> SteppeError:
+    """The failure with a fix for people who cannot open another writer."""
+    if isinstance(failure, Fenced):
+        fix = "find out which other process writes to this run, end it, and start the run again with --resume"
+        return Fenced(failure.problem, fix=fix, key=failure.key)
+    if isinstance(failure, SteppeError):
+        return failure
+    return SteppeError(str(failure), fix="look into the controller's log for the reason")
 
 
 def _is_finite(rows: pa.Table) -> npt.NDArray[np.bool_]:

@@ -74,7 +74,7 @@ class Samples:
             raise DataError(
                 f"sample_id {sample_id} is outside 0..{self.table.num_rows - 1}",
                 fix="ask for one of these",
-                key=str(sample_id),
+                key="sample_id",
             )
 
     def is_of_domain(self, domain: str) -> npt.NDArray[np.bool_]:

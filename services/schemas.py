@@ -46,13 +46,16 @@ class Finding(BaseModel):
 
 
 class Problem(BaseModel):
-    """RFC 9457: what went wrong, and what to do about it, where something can be done."""
+    """RFC 9457: what went wrong, what to do about it, where something can be done, and what it is about: the parameter,
+    setting or file, where there is one.
+    """
 
     type: str
     title: str
     status: int
     detail: str
     fix: str | None = None
+    key: str | None = None
     errors: list[Finding] | None = None
 
 

@@ -49,10 +49,13 @@ class Json(JSONResponse):
         return orjson.dumps(content, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
-def problem(status: int, detail: str, fix: str = "", headers: Mapping[str, str] | None = None, **more: Any) -> Response:
-    """Make an RFC 9457 answer; `fix`, where there is one, and `more` are its extension members."""
+def problem(
+    status: int, detail: str, fix: str = "", headers: Mapping[str, str] | None = None, *, key: str = "", **more: Any
+) -> Response:
+    """Make an RFC 9457 answer; `fix` and `key`, where there are such, and `more` are its extension members."""
     body = {"type": "about:blank", "title": HTTPStatus(status).phrase, "status": status, "detail": detail}
-    return Json(body | ({"fix": fix} if fix else {}) | more, status, headers, media_type=PROBLEM)
+    told = {name: text for name, text in (("fix", fix), ("key", key)) if text}
+    return Json(body | told | more, status, headers, media_type=PROBLEM)
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -61,7 +64,8 @@ def add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(SteppeError)
     def on_steppe_error(_: Request, error: SteppeError) -> Response:
         status = next((status for kind, status in STATUS_OF_ERROR if isinstance(error, kind)), 500)
-        return problem(status, error.problem, error.fix, {"Retry-After": "1"} if status == 503 else None)
+        headers = {"Retry-After": "1"} if status == 503 else None
+        return problem(status, error.problem, error.fix, headers, key=error.key)
 
     @app.exception_handler(Exception)
     def on_unexpected_error(_: Request, error: Exception) -> Response:

@@ -50,6 +50,7 @@ class Cluster:
             "--include-dashboard=true",
             f"--dashboard-host={head.address}",
             f"--dashboard-port={self.dashboard_port}",
+            f"--ray-client-server-port={free_port()}",
         )
         self._start(head, "--head", f"--port={self.port}", "--num-cpus=4", f"--temp-dir={folder}", *dashboard)
         wait_for(self._answers, what="the dashboard")

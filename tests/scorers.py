@@ -21,7 +21,7 @@ from shared.checkpoints import CheckpointPublisher, newest
 from shared.errors import ServiceError
 from shared.leases import Lease
 from shared.score_store import ScoreReader
-from tests.waiting import wait_for
+from tests.waiting import LIMIT_S, wait_for
 
 SAMPLES = 40
 X = torch.rand(SAMPLES, 5, generator=torch.Generator().manual_seed(0))
@@ -103,7 +103,7 @@ def running(worker: Worker) -> Iterator[None]:
         yield
     finally:
         worker.stop()
-        thread.join(60)
+        thread.join(LIMIT_S)
     assert not thread.is_alive()
 
 

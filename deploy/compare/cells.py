@@ -25,7 +25,7 @@ Facts = dict[str, Any]
 BESIDE = ("async", "shadow")  # modes with scorers in processes of their own
 LEFTOVER_S = 60.0  # a worker whose command is gone ends within that
 LEAST_COVERAGE = 0.95  # of a training with scorers beside it
-SEE_LOG = "see cells/log for the reason; the same command tries again"
+TRY_AGAIN = "the same command tries again"
 NEVER = 1_000_000_000
 FORCED: Settings = {  # a cell leaves its result and nothing else
     "rest.port": 0,
@@ -175,11 +175,11 @@ def _check_scored(config: RunConfig, summary: dict[str, Any]) -> None:
     if config.scoring.mode == "every_epoch":
         due = (config.train.epochs - 1) * Run(summary["run_folder"]).num_samples
         if (rows := summary["scored_rows"] + summary["quarantined_rows"]) < due:
-            raise CellFailed(f"{rows} of {due} rows were scored", fix=SEE_LOG, key="scoring.mode")
+            raise CellFailed(f"{rows} of {due} rows were scored", fix=TRY_AGAIN, key="scoring.mode")
     if config.scoring.mode in BESIDE and (share := summary["coverage"]) < LEAST_COVERAGE:
         raise CellFailed(
             f"{share:.0%} of the samples were scored (at least {LEAST_COVERAGE:.0%}): no scorer came up in time",
-            fix=SEE_LOG,
+            fix=TRY_AGAIN,
             key="scoring.mode",
         )
 

@@ -109,19 +109,21 @@ class CompareConfig(Config):
     def _decides_nothing_of_ours(self) -> "CompareConfig":
         sections = [(key, value) for key, value in self.base.items() if isinstance(value, dict)]
         given = {"base": {f"{key}.{name}" for key, section in sections for name in section}}
-        given |= {f"data.{name}": set(spec.settings) for name, spec in self.data.items()}
-        given |= {f"method.{name}": {*spec.settings, *spec.search} for name, spec in self.method.items()}
+        given |= {f"data.{name}.set": set(spec.settings) for name, spec in self.data.items()}
+        for name, spec in self.method.items():
+            given |= {f"method.{name}.set": set(spec.settings), f"method.{name}.search": set(spec.search)}
         for place, keys in given.items():
             for key in sorted(keys & DECIDED.keys()):
                 why, fix = DECIDED[key]
-                raise ConfigError(f"{place} sets {key}, but {why}", fix=fix, key=f"{place}.{key}")
+                raise ConfigError(f"{place}.{key} is given, but {why}", fix=fix, key=f"{place}.{key}")
         for name, spec in self.method.items():
-            if spec.equal_compute and "train.epochs" in given[f"method.{name}"]:
-                raise ConfigError(
-                    f"method.{name} sets train.epochs, which equal_compute decides",
-                    fix="leave one out",
-                    key=f"method.{name}.train.epochs",
-                )
+            for place in (f"method.{name}.set", f"method.{name}.search"):
+                if spec.equal_compute and "train.epochs" in given[place]:
+                    raise ConfigError(
+                        f"{place}.train.epochs is given, but method.{name}.equal_compute decides the epochs",
+                        fix="leave one out",
+                        key=f"{place}.train.epochs",
+                    )
             if spec.like and self.method[spec.like].equal_compute:
                 raise ConfigError(
                     f"method.{name} is like {spec.like}, whose epochs are not known before the final runs",

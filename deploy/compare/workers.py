@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import resource_tracker
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 from deploy.interrupts import EXIT_CODE, Interrupts
 from shared.errors import CellFailed, SteppeError
@@ -25,7 +25,13 @@ LOOK_INTERVAL_S = 0.5
 ORDERLY_END_S = 15.0  # the step that is going on, and a cluster of Ray beside it
 END_AT_ONCE_S = 3.0
 
-Failure = tuple[str, str]  # the end of a sentence that begins with the task, and what to do about it
+
+class Failure(NamedTuple):
+    """Why a task is not done."""
+
+    what: str  # the end of a sentence that begins with the task
+    fix: str = ""
+    key: str = ""  # as errors have it
 
 
 class Task(Protocol):
@@ -102,10 +108,11 @@ class Workers:
 
     def _end_task(self, worker: "_Worker") -> None:
         if failure := worker.failure():
-            what, fix = failure
             last_words = f"see its last words in {self._log}; what is finished is kept"
             raise CellFailed(
-                f"{worker.task} {what}", fix="; ".join(filter(None, (fix, last_words))), key=str(self._log)
+                f"{worker.task} {failure.what}",
+                fix=f"{failure.fix}; {last_words}" if failure.fix else last_words,
+                key=failure.key or str(self._log),
             )
         worker.task = None
         if worker.begun >= CELLS_PER_PROCESS:
@@ -169,10 +176,10 @@ class _Worker:
 
 def _end_of(code: int | None) -> Failure:
     if code == -signal.SIGKILL:
-        return "was killed (SIGKILL), as the system does when memory runs out", "take fewer --cores"
+        return Failure("was killed (SIGKILL), as the system does when memory runs out", "take fewer --cores")
     if code is not None and code < 0:
-        return f"was ended by {signal.Signals(-code).name}", ""
-    return f"ended without an answer, exit code {code}", ""
+        return Failure(f"was ended by {signal.Signals(-code).name}")
+    return Failure(f"ended without an answer, exit code {code}")
 
 
 @contextlib.contextmanager
@@ -205,10 +212,10 @@ def _failure(work: Callable[[Any], None], task: Any) -> Failure | None:
     except Exception as error:
         traceback.print_exc()
         if isinstance(error, OSError) and error.strerror:
-            return f"failed: {error.strerror}" + (f": {error.filename}" if error.filename else ""), ""
+            return Failure(f"failed: {error.strerror}" + (f": {error.filename}" if error.filename else ""))
         if isinstance(error, SteppeError):
-            return f"failed: {error.problem}", error.fix
-        return f"failed: {type(error).__name__}: {error}", ""
+            return Failure(f"failed: {error.problem}", error.fix, error.key)
+        return Failure(f"failed: {type(error).__name__}: {error}")
     return None
 
 

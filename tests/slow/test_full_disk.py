@@ -29,9 +29,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> Path:
-    """A file that takes all the room there is."""
+    """Make, or let grow, a file that takes all the room there is."""
     filler = disk / "filler"
-    with open(filler, "wb", buffering=0) as file, contextlib.suppress(OSError):
+    with open(filler, "ab", buffering=0) as file, contextlib.suppress(OSError):
         while file.write(bytes(4096)) == 4096:
             pass
     return filler
@@ -41,15 +41,17 @@ def test_a_full_disk_stops_nobody(small_disk: Path) -> None:
     run = RunningRun(small_disk / "run", "train.epochs=100000", "model.width=16", "train.save_every_steps=20")
     try:
         client = run.scored()
-        filler = fill(small_disk)
         reader = ScoreReader(run.folder / "scores")
         rows, newest = reader.rows, reader.dense("model_version")
-        wait_for(lambda: client.get("/v1/stats").json()["trouble"], "the controller's trouble told")
-        assert "No space left" in client.get("/v1/scorers").json()["trouble"]
+        trouble = wait_for(
+            lambda: fill(small_disk) and client.get("/v1/stats").json()["trouble"],  # what old files leave is taken too
+            "the controller's trouble told",
+        )
+        assert "No space left" in trouble
         step = client.get("/v1/stats").json()["newest_step"]
         assert run.process.poll() is None
 
-        filler.unlink()
+        fill(small_disk).unlink()
         wait_for(lambda: client.get("/v1/stats").json()["newest_step"] > step, "checkpoints again")
         wait_for(lambda: reader.refresh() and reader.rows > rows, "commits again")
         wait_for(lambda: not client.get("/v1/stats").json()["trouble"], "no trouble any more")

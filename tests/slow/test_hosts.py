@@ -141,8 +141,10 @@ def test_training_never_waits_for_another_host(watched: tuple[Cluster, Watched, 
 
     cable.cut()
     cut_at, before = time.monotonic(), run.newest_version()
-    run.wait(lambda: time.monotonic() - cut_at >= CUT_S, "the cut's end", 2 * CUT_S)
-    assert run.newest_version() - before > USUAL_BOUND
+    run.wait(
+        lambda: time.monotonic() - cut_at >= CUT_S and run.newest_version() - before > USUAL_BOUND,
+        "the cut's end, and more checkpoints than scores may be old",
+    )
     told, _ = there.steppe("status", str(run.folder), "--json").communicate(timeout=LIMIT_S)
     assert {key: json.loads(told)["status"][key] for key in ("fresh", "unscored")} == {"fresh": 0, "unscored": 0}
     cable.mend()

@@ -114,6 +114,8 @@ def test_a_killed_driver_is_resumed(start: Callable[..., RunningRun]) -> None:
         reader = ScoreReader(folder / "scores")
         forked = attempts(folder)[-1]
         assert (forked.attempt, forked.last_valid_version < forked.first_version) == (2, True)
+        wait_for(lambda: "scorer_up" in since(folder, "resumed"), "a scorer")
+        psutil.Process(second.process.pid).suspend()  # the training cannot end before it is killed
         wait_for(lambda: reader.refresh() and reader.dense("model_version").min() >= forked.first_version, "rows")
         versions.append(client.get("/v1/stats").json()["newest_model_version"])
         second.process.kill()  # and nobody clears up: the next resume does
@@ -139,6 +141,11 @@ def test_a_killed_driver_is_resumed(start: Callable[..., RunningRun]) -> None:
     found = set(np.unique(ScoreReader(folder / "scores").dense("model_version")).tolist())
     assert not left_behind & found  # all were scored again on the line that went on
     assert not run.processes()
+
+
+def since(folder: Path, name: str) -> list[str]:
+    """Names of the events from the first one of that name on."""
+    return list(itertools.dropwhile(lambda event: event != name, (event["event"] for event in read_events(folder))))
 
 
 @pytest.mark.parametrize("name", ["gcs_server", "raylet"])

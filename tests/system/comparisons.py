@@ -20,6 +20,9 @@ search_seeds = 1
 
 [base.train]
 epochs = {epochs}
+startup_wait_s = 200
+[base.scoring]
+nice = 0
 [base.model]
 width = 4
 

@@ -38,7 +38,10 @@ class Place:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.run = RunningRun(folder / "runs" / "live", "train.epochs=100000", "model.width=8", cwd=folder)
-        self.service = urlsplit(self.run.runtime()["url"]).netloc
+
+    @property
+    def service(self) -> str:
+        return urlsplit(self.run.runtime()["url"]).netloc
 
     def shell(self, command: str) -> str:
         """Return what a command of the README prints, here: beside the port that the run took."""
@@ -72,7 +75,14 @@ def test_the_quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
     folder = tmp_path / "runs" / "first"
     options = [
-        f"--set={one}" for one in (f"run.folder={folder}", "rest.port=0", "run.tensorboard=true", "scoring.nice=0")
+        f"--set={one}"
+        for one in (
+            f"run.folder={folder}",
+            "rest.port=0",
+            "run.tensorboard=true",
+            "scoring.nice=0",
+            "train.startup_wait_s=200",
+        )
     ]
     done = subprocess.run(
         [ROOT / "deploy/local", "run", *options],

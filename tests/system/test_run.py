@@ -59,7 +59,7 @@ def test_down_stops_a_run_and_leaves_nothing_behind(
     (home / "shared").mkdir(parents=True)
     (home / "shared" / "__init__.py").write_text("raise SystemExit('a stranger was imported')")
     (home / "trainer.py").write_text("raise SystemExit('a stranger was imported')")
-    run = RunningRun(run_folder, "train.epochs=1000", cwd=home)
+    run = RunningRun(run_folder, "train.epochs=100000", cwd=home)
     started.append(run)
     client, runtime = run.client(), run.runtime()
     wait_for(lambda: client.get("/v1/stats").json()["scored_rows"] > 0, "first scores")

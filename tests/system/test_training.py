@@ -80,10 +80,10 @@ def test_workers_train_to_the_end_and_rank_0_publishes(ray_cluster: None, run_fo
 
 @pytest.mark.slow
 def test_stopped_in_order_it_goes_on_with_another_number_of_workers(ray_cluster: None, run_folder: Path) -> None:
-    config = make_config(epochs=200)
+    config = make_config(epochs=100000)
     run = make_run(run_folder, config)
     first = Watcher(stop_at=1).train(config, run)
-    config = make_config(1, epochs=200)
+    config = make_config(1, epochs=100000)
     second = Watcher(stop_at=first.result.steps + 1).train(config, run)
 
     assert (first.result.finished, second.result.finished) == (False, False)
@@ -95,24 +95,28 @@ def test_stopped_in_order_it_goes_on_with_another_number_of_workers(ray_cluster:
 
 @pytest.mark.slow
 def test_a_killed_worker_begins_all_again_from_the_last_saved_state(ray_cluster: None, run_folder: Path) -> None:
-    config = make_config(epochs=50)
+    config = make_config(epochs=100000)
     run = make_run(run_folder, config)
     watcher, outcomes = Watcher(), []
     training = threading.Thread(target=lambda: outcomes.append(watcher.train(config, run)))
     training.start()
     wait_for(lambda: any(event["event"] == "state_saved" for event in read_events(run.path)), what="a saved state")
     kill(one_of_ours(is_rank_1_of(run)))
+    wait_for(lambda: len(attempts(run.path)) == 2, what="the second attempt")
+    fork_step, heard = attempts(run.path)[1].fork_step, len(watcher.news)
+    wait_for(lambda: any(one.step > fork_step for one in watcher.news[heard:]), what="training after it")
+    watcher.stop_at = 0
     training.join()
 
-    assert [one.attempt for one in attempts(run.path)] == [1, 2]
-    assert attempts(run.path)[1].fork_step > 0
-    assert (outcomes[0].result.steps, outcomes[0].result.finished) == (300, True)
+    assert fork_step > 0
+    assert outcomes[0].result.finished is False
+    assert outcomes[0].result.steps > fork_step
     assert f"run {run.path}, resumed at step {attempts(run.path)[1].fork_step}" in watcher.said
 
 
 @pytest.mark.slow
 def test_a_killed_desk_is_replaced_and_the_training_goes_on(ray_cluster: None, run_folder: Path) -> None:
-    config = make_config(epochs=2000)
+    config = make_config(epochs=100000)
     run = make_run(run_folder, config)
     watcher, outcomes = Watcher(), []
     training = threading.Thread(target=lambda: outcomes.append(watcher.train(config, run)))

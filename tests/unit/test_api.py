@@ -41,6 +41,7 @@ from shared.measures import MEASURES
 from shared.score_store import ScoreWriter
 from tests.raising import refuses
 from tests.rows import make_rows
+from tests.waiting import LIMIT_S
 
 SAMPLES = 4
 TOKEN = "the-token"  # noqa: S105
@@ -138,7 +139,7 @@ def check_problem(answer: httpx.Response, status: int, named: object = "") -> st
     assert status == answer.status_code
     assert answer.headers["content-type"] == "application/problem+json"
     body = strict(answer)
-    assert {"type", "title", "status", "detail", "fix"} == set(body) - {"errors"}
+    assert {"type", "title", "status", "detail", "fix"} == set(body) - {"errors", "key"}
     assert ("about:blank", HTTPStatus(status).phrase, status) == (body["type"], body["title"], body["status"])
     assert str(named) in body["detail"]
     assert body["fix"]
@@ -321,6 +322,13 @@ def test_v1_tells_versions_columns_measures_and_routes(asked):
 )
 def test_errors_are_problems(asked, method, path, body, status, named):
     check_problem(asked.request(method, path, json=body), status, named)
+
+
+@pytest.mark.parametrize(
+    ("path", "key"), [("/v1/samples/4", "sample_id"), ("/v1/scores?cursor=nonsense", "cursor"), ("/v1/nothing", None)]
+)
+def test_a_problem_names_what_it_is_about_where_the_error_does(asked, path, key):
+    assert strict(asked.get(path)).get("key") == key
 
 
 @pytest.mark.parametrize(
@@ -867,8 +875,8 @@ def test_the_server_answers_on_a_free_port_until_it_is_stopped(filled):
     try:
         assert url == server.url
         assert not url.endswith(":0")
-        assert strict(httpx.get(f"{url}/v1/stats"))["coverage"] == 0.75
-        check_problem(httpx.get(f"{url}/v1/nothing"), 404)
+        assert strict(httpx.get(f"{url}/v1/stats", timeout=LIMIT_S))["coverage"] == 0.75
+        check_problem(httpx.get(f"{url}/v1/nothing", timeout=LIMIT_S), 404)
     finally:
         server.stop()
 
@@ -892,6 +900,6 @@ def test_an_ipv6_address_is_bracketed_in_the_url(empty):
     url = server.start()
     try:
         assert url.startswith("http://[::1]:")
-        assert httpx.get(f"{url}/livez").status_code == 200
+        assert httpx.get(f"{url}/livez", timeout=LIMIT_S).status_code == 200
     finally:
         server.stop()

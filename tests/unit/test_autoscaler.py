@@ -38,6 +38,7 @@ from shared.score_store import ScoreReader
 from tests.autoscaling import Phase, Simulation, checkpoint
 from tests.raising import refuses
 from tests.rows import make_rows
+from tests.waiting import LIMIT_S
 
 # One scorer scores 100 * 10 = 1,000 samples between two checkpoints, a block in 0.15 of that time. Of 4 versions 2.85
 # are left for a pass, so 0.95 * 6000 / 2.85 / 1000 = 2 scorers are needed.
@@ -543,7 +544,7 @@ def test_files_are_looked_at_without_the_lock(tmp_path: Path, clock: Clock, monk
 
     def hang(run: Path, version: int) -> list[Any]:
         with ThreadPoolExecutor(1) as other:
-            answered.append(other.submit(controller.status).result(timeout=30))
+            answered.append(other.submit(controller.status).result(timeout=LIMIT_S))
         return []
 
     monkeypatch.setattr(services.controller, "checkpoints_after", hang)

@@ -14,6 +14,7 @@ from torch import nn
 from shared.checkpoints import PERTURBED_FLAG, CheckpointPublisher, load, newest, stable
 from shared.errors import CheckpointCorrupt, CheckpointError, PerturbedWeights
 from tests.raising import refuses
+from tests.waiting import LIMIT_S
 
 
 def linear(value: float) -> nn.Linear:
@@ -56,7 +57,7 @@ class SlowDisk:
 
     def _wait(self, tensors: dict[str, torch.Tensor]) -> bytes:
         self.reached.set()
-        assert self._released.wait(20)
+        assert self._released.wait(LIMIT_S)
         return self._save(tensors)
 
     @contextlib.contextmanager
@@ -227,7 +228,7 @@ def test_published_is_the_copy_of_the_moment(tmp_path: Path, monkeypatch: pytest
     disk = SlowDisk(monkeypatch)
     with CheckpointPublisher(tmp_path) as publisher, disk.held():
         publisher.publish(model, step=1)
-        assert disk.reached.wait(20)
+        assert disk.reached.wait(LIMIT_S)
         for tensor in model.state_dict().values():
             tensor.add_(1)
     checkpoint = newest(tmp_path)
@@ -243,7 +244,7 @@ def test_of_too_many_waiting_copies_the_oldest_are_skipped_and_counted(
     disk = SlowDisk(monkeypatch)
     with CheckpointPublisher(tmp_path, keep_last=9, max_pending=2) as publisher, disk.held():
         publisher.publish(linear(1), 1)
-        assert disk.reached.wait(20)  # version 1 is no longer waiting
+        assert disk.reached.wait(LIMIT_S)  # version 1 is no longer waiting
         given = [publisher.publish(linear(i), i) for i in (2, 3, 4, 5)]
 
         assert given == [2, 3, 4, 5]

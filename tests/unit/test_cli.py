@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.waiting import LIMIT_S
+
 ROOT = Path(__file__).parents[2]
 QUICKSTART = ROOT / "deploy/configs/quickstart.toml"
 
@@ -15,7 +17,7 @@ def test_a_stranger_named_like_a_package_of_ours_is_named(tmp_path: Path) -> Non
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "deploy", "run", str(QUICKSTART)]
     done = subprocess.run(
-        command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment, timeout=60
+        command, capture_output=True, text=True, check=False, cwd=tmp_path, env=environment, timeout=LIMIT_S
     )
 
     assert done.returncode == 1

@@ -89,21 +89,22 @@ SCORES = Answer({"measure": "adm", "next_cursor": None}, {"value": Column(np.arr
     ],
 )
 def test_a_refusal_says_why_and_what_may_pass_is_asked_again(told, status, error, asked):
-    told.answers = [bad(status, fix="set it to 0 or more")]
+    told.answers = [bad(status, fix="set it to 0 or more", key="epsilon")]
     with pytest.raises(error) as caught:
         Client(told.url, retries=2).stats()
 
-    assert (caught.value.problem, caught.value.fix) == ("epsilon is -1", "set it to 0 or more")
+    refusal = caught.value
+    assert (refusal.problem, refusal.fix, refusal.key) == ("epsilon is -1", "set it to 0 or more", "epsilon")
     assert asked == len(told.asked)
 
 
 @pytest.mark.parametrize("status", [422, 503])
-def test_a_refusal_without_a_fix_has_none(told, status):
+def test_a_refusal_without_a_fix_and_a_key_has_none(told, status):
     told.answers = [bad(status)]
     with pytest.raises(SteppeError) as caught:
         Client(told.url, retries=0).stats()
 
-    assert (caught.value.problem, caught.value.fix) == ("epsilon is -1", "")
+    assert (caught.value.problem, caught.value.fix, caught.value.key) == ("epsilon is -1", "", "")
 
 
 def test_what_passed_is_answered(told):

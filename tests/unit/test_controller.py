@@ -207,6 +207,8 @@ def test_a_restarted_controller_fences_the_one_before(tmp_path):
             with pytest.raises(ServiceError) as caught:
                 call()
             assert isinstance(caught.value.__cause__, Fenced)
+            assert "--resume" in caught.value.fix
+        assert "--resume" in old.status()["trouble"]
         score(new, 2)
     assert {2} == set(reader_of(tmp_path).table().column("model_version").to_pylist())
 

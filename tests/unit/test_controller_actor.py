@@ -122,8 +122,10 @@ def test_damaged_store_is_reopened_once_it_is_repaired(tmp_path: Path) -> None:
     whole = description.read_bytes()
     description.write_bytes(whole[:-4])
     actor = make_actor(tmp_path)
-    with refuses(ServiceError, value=description):
+    with refuses(ServiceError, str(description), description) as caught:
         actor.status()
+    assert "restore it" in caught.value.fix
+    assert "restore it" not in caught.value.problem
     description.write_bytes(whole)
 
     assert actor.status()["store_version"] == 1

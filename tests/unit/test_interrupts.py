@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 
 from deploy.interrupts import interrupts
-from tests.waiting import wait_for
+from tests.waiting import LIMIT_S, wait_for
 
 BEGIN = """
 import os, signal, time
@@ -46,7 +46,7 @@ def child(script: str) -> Iterator["subprocess.Popen[str]"]:
 def said_by(script: str) -> tuple[list[str], int]:
     """What a script that sends itself signals says, and its exit code."""
     done = subprocess.run(
-        [sys.executable, "-c", BEGIN + script], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-c", BEGIN + script], capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
     assert "Traceback" not in done.stderr
     return done.stdout.split(), done.returncode
@@ -80,7 +80,7 @@ with interrupts() as watch:
         said += [hear(process) for _ in range(3)]
 
         assert said == ["False", "ready", "raised", "True", "again"]
-        assert process.wait(60) == 0
+        assert process.wait(LIMIT_S) == 0
 
 
 @pytest.mark.parametrize("number", SIGNALS)
@@ -104,7 +104,7 @@ with interrupts() as watch:
         process.send_signal(number)
 
         assert [hear(process) for _ in range(3)] == ["came", "after", "raised"]
-        assert process.wait(60) == 0
+        assert process.wait(LIMIT_S) == 0
 
 
 @pytest.mark.parametrize("deferred", [False, True])

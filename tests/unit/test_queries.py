@@ -29,7 +29,7 @@ from shared.schema import arrow_file
 from shared.score_store import Retention, ScoreReader, ScoreWriter
 from tests.raising import refuses
 from tests.rows import SCORED_AT, make_rows
-from tests.waiting import wait_for
+from tests.waiting import LIMIT_S, wait_for
 
 SAMPLES = 6
 GAPS = [  # with their clean losses, of samples 0, 1 and 2 below
@@ -239,7 +239,7 @@ def test_an_answer_belongs_to_one_store_version(run):
 
 @pytest.mark.parametrize("ids", [[6], [0, -1]])
 def test_an_unknown_id_is_refused(filled, ids):
-    with refuses(DataError, value=f"{ids[-1]} is outside 0..5"):
+    with refuses(DataError, "sample_id", f"{ids[-1]} is outside 0..5"):
         scores(filled, ids)
 
 
@@ -574,20 +574,34 @@ def test_while_one_thread_makes_the_next_view_others_answer_from_the_one_before(
 
     def slowly(view: Any) -> Any:
         begun.set()
-        assert go_on.wait(30)
+        assert go_on.wait(LIMIT_S)
         return advance(view)
 
     monkeypatch.setattr(filled, "_refreshed", slowly)
     monkeypatch.setattr(looking, "WAIT_AFTER_S", 3600)
     other = threading.Thread(target=filled.follow)
     other.start()
-    assert begun.wait(30)
+    assert begun.wait(LIMIT_S)
 
     assert filled.view() is before
     assert filled.at_hand() is before
     go_on.set()
     other.join()
     assert filled.view().reader.version == 2
+
+
+class Queue:
+    """A lock that counts who asked for it."""
+
+    def __init__(self, lock: threading.Lock) -> None:
+        self._lock, self.asked = lock, 0
+
+    def __enter__(self) -> None:
+        self.asked += 1  # under the interpreter's lock, and read by the test alone
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 def test_a_view_that_was_the_newest_too_long_ago_is_no_answer_while_the_next_is_made(filled, monkeypatch):
@@ -602,18 +616,21 @@ def test_a_view_that_was_the_newest_too_long_ago_is_no_answer_while_the_next_is_
     def slowly(view: Any) -> bool:
         looks.append(view)
         begun.set()
-        assert go_on.wait(30)
+        assert go_on.wait(LIMIT_S)
         return bool(look(view))
 
     monkeypatch.setattr(filled, "_is_newest", slowly)
     with ThreadPoolExecutor(4) as pool:
         first = pool.submit(filled.view)
-        assert begun.wait(30)
+        assert begun.wait(LIMIT_S)
         assert filled.at_hand() is None
+        queue = Queue(filled._refreshing)
+        monkeypatch.setattr(filled, "_refreshing", queue)
         others = [pool.submit(filled.view) for _ in range(3)]
-        assert wait([first, *others], timeout=0.1).done == set()
+        wait_for(lambda: queue.asked == 3, "the others, waiting")
+        assert wait([first, *others], timeout=0).done == set()
         go_on.set()
-        assert [one.result(30).reader.version for one in (first, *others)] == [2] * 4
+        assert [one.result(LIMIT_S).reader.version for one in (first, *others)] == [2] * 4
     assert len(looks) == 2
 
 

@@ -307,7 +307,8 @@ def test_states_are_saved_at_the_ends_of_epochs_and_of_all(tmp_path: Path) -> No
     live(tmp_path, make_config(save_interval_s=1e9), attempt=2)
     at_end = load_newest_state(tmp_path)
 
-    assert (at_kill.step, at_end.step) == (12, 18)
+    assert at_kill.step in (6, 12)  # one that came while another was written is skipped
+    assert at_end.step == 18
     assert (at_kill.model_version, at_end.model_version) == (0, 0)
 
 

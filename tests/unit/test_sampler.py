@@ -240,7 +240,6 @@ def test_epoch_after_a_jump_is_a_permutation_too() -> None:
     assert sorted(sampler) == list(range(100))
 
 
-@pytest.mark.timeout(5, method="signal")
 def test_jump_under_a_live_iterator_does_not_hang_it() -> None:
     sampler = CurriculumSampler(20, None, "uniform")
     draws = iter(sampler)

@@ -20,7 +20,7 @@ from shared.store_view import stable_order
 from tests.raising import refuses
 from tests.rows import SCORED_AT, make_rows
 from tests.stores import Latest, N, commit, latest, names, read
-from tests.waiting import wait_for
+from tests.waiting import LIMIT_S, wait_for
 
 
 @pytest.mark.parametrize("most", [5, 1 << 40, (1 << 63) - 1], ids=["repeats", "large", "too large for one word"])
@@ -381,7 +381,7 @@ def test_who_waits_for_a_commit_comes_next(tmp_path: Path) -> None:
         wait_for(writer._turn_lock.locked, what="the other thread")
     with writer._turn():
         order.append("came back")
-    thread.join(30)
+    thread.join(LIMIT_S)
 
     assert order == ["waited", "came back"]
 
@@ -416,7 +416,7 @@ os._exit(9)
     ],
 )
 def test_writer_that_dies_loses_uncommitted_rows_only(tmp_path: Path, moment: str, versions: dict[int, int]) -> None:
-    child = subprocess.run([sys.executable, "-c", DYING_WRITER, tmp_path, moment], check=False, timeout=60)
+    child = subprocess.run([sys.executable, "-c", DYING_WRITER, tmp_path, moment], check=False, timeout=LIMIT_S)
     assert child.returncode == 9
     left = {i: version for i, (version, _) in read(tmp_path).items()}
     successor = ScoreWriter(tmp_path, N)

@@ -17,6 +17,7 @@ from shared.errors import StateError
 from shared.events import read_events
 from shared.storage import Folder
 from tests.raising import refuses
+from tests.waiting import LIMIT_S
 from trainer.state import SavedState, StateSaver, load_newest_state
 
 
@@ -274,7 +275,7 @@ def test_saving_copies_at_once_and_skips_while_it_writes(tmp_path: Path, monkeyp
     slow, encode = threading.Event(), trainer.state._encode
 
     def encode_slowly(state: SavedState) -> bytes:
-        assert slow.wait(60)
+        assert slow.wait(LIMIT_S)
         return encode(state)
 
     monkeypatch.setattr(trainer.state, "_encode", encode_slowly)

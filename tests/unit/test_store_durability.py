@@ -28,7 +28,7 @@ from tests.disk import Call, Disk
 from tests.raising import refuses
 from tests.rows import make_rows
 from tests.stores import N, an_hour_passes, commit, latest, named, names, read
-from tests.waiting import wait_for
+from tests.waiting import LIMIT_S, wait_for
 
 STRAY = f"{7:024x}.arrow"  # nobody's
 
@@ -549,7 +549,7 @@ atexit.register(writer.commit)
 def test_a_commit_and_a_compaction_while_python_ends(tmp_path: Path) -> None:
     """When no thread can be started any more."""
     done = subprocess.run(
-        [sys.executable, "-c", LATE_WRITER, tmp_path], check=True, timeout=60, capture_output=True, text=True
+        [sys.executable, "-c", LATE_WRITER, tmp_path], check=True, timeout=LIMIT_S, capture_output=True, text=True
     )
 
     assert done.stderr == ""
@@ -1015,9 +1015,10 @@ def test_a_writer_that_cannot_write_notes_remembers_them(tmp_path: Path, monkeyp
     monkeypatch.setattr(writer._store._root, "put", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space")))
     commit(writer, [0])
     fragments = named(tmp_path, "fragments")
+    began = time.time()
     for later_s in (0, 59, 61):
         assert all(path.exists() for path in fragments)
-        then = time.time() + later_s
+        then = began + later_s
         with monkeypatch.context() as patch, contextlib.suppress(OSError):
             patch.setattr(time, "time", lambda then=then: then)
             writer.compact()
@@ -1090,7 +1091,7 @@ def test_commits_wait_for_a_compaction_that_is_far_behind(tmp_path: Path, monkey
     fold = writer._fold
 
     def fold_later(manifest: Any) -> Any:
-        may_fold.wait(30)
+        may_fold.wait(LIMIT_S)
         return fold(manifest)
 
     with mock.patch.object(writer, "_fold", fold_later):
@@ -1101,6 +1102,6 @@ def test_commits_wait_for_a_compaction_that_is_far_behind(tmp_path: Path, monkey
         wait_for(lambda: read(tmp_path) == {0: (4, -1.0)}, what="the fourth commit")
         assert thread.is_alive()  # it is durable and waits
         may_fold.set()
-        thread.join(30)
+        thread.join(LIMIT_S)
         assert not thread.is_alive()
     assert writer.snapshot_version >= 2

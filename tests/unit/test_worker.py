@@ -74,6 +74,7 @@ def test_everything_is_scored_once_at_the_newest_version_and_then_the_worker_idl
         wait_for_version(tmp_path, 1)
         refused = leases.refused
         wait_for(lambda: leases.refused > refused + 3, what="an idle worker")
+        wait_for(lambda: controller.status()["leased"] == 0, what="the commit of all leases")
 
     assert worker.scored == SAMPLES
     assert controller.status()["leased"] == 0
