@@ -1,5 +1,6 @@
 """The README's commands do what it says: the quickstart runs, and every example answers beside a run that is up."""
 
+import functools
 import json
 import re
 import subprocess
@@ -39,8 +40,9 @@ class Place:
         self.folder = folder
         self.run = RunningRun(folder / "runs" / "live", "train.epochs=100000", "model.width=8", cwd=folder)
 
-    @property
+    @functools.cached_property
     def service(self) -> str:
+        """Host and port that the run took."""
         return urlsplit(self.run.runtime()["url"]).netloc
 
     def shell(self, command: str) -> str:
@@ -64,6 +66,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
     place = Place(tmp_path_factory.mktemp("readme"))
     try:
         place.run.scored()
+        assert place.service
         yield place
     finally:
         place.run.stop_for_good()
