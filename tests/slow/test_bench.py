@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from deploy.bench import controller, ranks, rest, run_bench, sampler, scorers
+from tests.waiting import LIMIT_S
 
 
 @pytest.mark.slow
@@ -36,14 +37,16 @@ def test_scorers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_controller(tmp_path: Path) -> None:
+def test_controller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No lease that is answered expires; how short one may be on this machine is for the benchmark to say."""
+    monkeypatch.setattr(controller, "LEASE_TIMEOUT_S", LIMIT_S)
     found = controller.load(tmp_path, 1, num_samples=100_000, seconds=2.0)
 
     assert [one["block_size"] for one in found["blocks"]] == [256, 8192]
     for one in found["blocks"]:
         assert one["rows_per_s"] > 0
         assert one["alone_to_store"] > 0
-        assert one["leases_expired"] >= 0
+        assert one["leases_expired"] == 0
         assert 0 < one["submit_p50_ms"] <= one["submit_p99_ms"]
 
 

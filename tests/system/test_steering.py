@@ -135,7 +135,7 @@ def test_a_run_scored_inside_its_training_is_interrupted_resumed_and_served(star
     whole, parts = start("whole", *settings), start("parts", *settings)
     client = parts.client()
     wait_for(lambda: client.get("/v1/stats").json()["newest_model_version"] >= 2, "two epochs scored")
-    parts.process.send_signal(signal.SIGINT)  # of 30, in the tenth of a second after this one
+    parts.process.send_signal(signal.SIGINT)  # with 28 more to train
     code, _, err = parts.finish()
     assert code == 130
     assert "--resume" in err
